@@ -1,0 +1,395 @@
+"""What every image datamodule does: splits, phases, poison and loaders."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_bd.batch import BatchContext, PoisonMode, RawBatch, Sample
+from lightning_bd.datamodules.defender import DefenderView
+from lightning_bd.datamodules.images import FileImages, ImageSet
+from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
+from lightning_bd.datamodules.rendering import render
+from lightning_bd.datamodules.splits import stratified_splits, stratified_subset
+from lightning_bd.manifest import PoisonManifest
+from lightning_bd.poisoning import Poison
+
+__all__ = ("DiskDataModule", "ImageDataModule", "PhaseData")
+
+#: Sets that decode to less than this many bytes are held in memory.
+MEMORY_LIMIT = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """What one phase trains on.
+
+    Args:
+        name: Name of the phase; part of the key of every draw.
+        splits: Names of the splits, joined; empty for the whole training set.
+        poison: How images are poisoned, ``None`` for a clean phase.
+        batch_size: Images per batch and process; ``None`` for the datamodule's.
+    """
+
+    name: str = "fit"
+    splits: tuple[str, ...] = ()
+    poison: PoisonMode | None = None
+    batch_size: int | None = None
+
+
+class ImageDataModule(LightningDataModule):
+    """Base of the image datamodules; a subclass says only how to :meth:`load` its images.
+
+    Images are float32 in [0, 1]; normalisation belongs to the model. A datamodule used without phases trains on
+    all splits together, poisoned if ``poison`` is given.
+
+    Args:
+        poison: The attacker's rule; ``None`` for clean data and no attack test set.
+        splits: Share of the training set per named split, disjoint, stratified by class. A split named ``val`` is
+            what ``val_dataloader`` yields. ``None``: one split ``train`` with everything.
+        batch_size: Images per batch and process, where a phase does not say.
+        subset: Use only this many training images, classes in proportion.
+        augment: ``"crop"``: random crop after padding by an eighth of the height; ``"crop_flip"``: and mirrored at
+            random; ``"none"``. ``None``: what is usual for the data set.
+        batch_format: ``"sample"`` yields :class:`~lightning_bd.batch.Sample`; ``"pair"`` yields ``(image, label)``
+            for modules that do ``x, y = batch``.
+        split_seed: Seed of splits and subset, its own so that they stay when the run's seed changes.
+        seed: Seed of order, augmentation and dynamic poison; ``None``: the one given to ``seed_everything``, else 0.
+        num_workers: Processes that decode images which are too large for memory.
+        in_memory: Decode all images once (``True``) or as batches need them (``False``); ``None`` decides by size.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    default_augment: ClassVar[Augment] = "crop_flip"
+
+    def __init__(
+        self,
+        poison: Poison | None = None,
+        splits: dict[str, float] | None = None,
+        batch_size: int = 128,
+        subset: int | None = None,
+        augment: Augment | None = None,
+        batch_format: Literal["sample", "pair"] = "sample",
+        split_seed: int = 0,
+        seed: int | None = None,
+        num_workers: int = 0,
+        in_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"Expected argument `batch_size` to be a positive integer, but got {batch_size}.")
+        if num_workers < 0:
+            raise ValueError(f"Expected argument `num_workers` to be a non-negative integer, but got {num_workers}.")
+        self.poison = poison
+        self.splits: Mapping[str, float] = splits if splits is not None else {"train": 1.0}
+        self.batch_size = batch_size
+        self.subset = subset
+        self.augment: Augment = augment if augment is not None else self.default_augment
+        self.batch_format = batch_format
+        self.split_seed = split_seed
+        self.seed = seed
+        self.num_workers = num_workers
+        self.in_memory = in_memory
+        self.phase = PhaseData(poison=poison.mode if poison is not None else None)
+        self.reference: PhaseData | None = None
+        self._train: ImageSet | None = None
+        self._test: ImageSet | None = None
+        self._positions: dict[str, Tensor] = {}
+        self._static: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._fingerprint: str | None = None
+
+    def load(self, train: bool) -> ImageSet:
+        """Return the training or the test images; subclasses implement this."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Load the images once, cut the splits and check the poison against them."""
+        if self._train is not None:
+            return
+        train = self.load(train=True)
+        if self.subset is not None:
+            train = train.select(stratified_subset(train.labels, self.subset, self.split_seed))
+        self._positions = stratified_splits(train.labels, self.splits, self.split_seed)
+        if self.poison is not None:
+            self.poison.prepare(train.image_shape, len(train.class_names))
+        self._train, self._test = self._held(train), self._held(self.load(train=False))
+
+    @property
+    def train_images(self) -> ImageSet:
+        """The training images, after ``subset``."""
+        self.setup()
+        assert self._train is not None
+        return self._train
+
+    @property
+    def test_images(self) -> ImageSet:
+        """The test images."""
+        self.setup()
+        assert self._test is not None
+        return self._test
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.train_images.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of every image."""
+        return self.train_images.image_shape
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 hex digest of the training set, computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = self.train_images.fingerprint()
+        return self._fingerprint
+
+    def positions(self, splits: tuple[str, ...]) -> Tensor:
+        """Return the sorted positions of the training images in ``splits``; empty means all splits.
+
+        Raises:
+            MisconfigurationException: If a split does not exist.
+        """
+        self.setup()
+        for name in splits:
+            if name not in self._positions:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} has no split `{name}`; it has {', '.join(self._positions)}. "
+                    "Add it to `data.splits` or change the phase's `split`."
+                )
+        return torch.cat([self._positions[name] for name in splits or tuple(self._positions)]).sort().values
+
+    def set_phase(self, phase: PhaseData, reference: PhaseData | None = None) -> None:
+        """Choose what ``train_dataloader`` yields from now on.
+
+        Args:
+            phase: The phase that is about to train.
+            reference: The phase whose model it starts from; what :meth:`reference_batches` replays.
+
+        Raises:
+            MisconfigurationException: If a split does not exist, or a poisoned phase has no poison.
+            ValueError: If the poison selects no image.
+        """
+        self._check_phase(phase)
+        self.phase, self.reference = phase, reference
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return the loader of the current phase's split: shuffled, augmented, poisoned if the phase is."""
+        return self._train_loader(self.phase)
+
+    def val_dataloader(self) -> list[BatchLoader]:
+        """Return clean and triggered loaders of the split ``val``; none without such a split."""
+        self.setup()
+        if "val" not in self._positions:
+            return []
+        return self._evaluation_loaders(self.train_images, self._positions["val"], "val")
+
+    def test_dataloader(self) -> list[BatchLoader]:
+        """Return the clean test set and, with a poison, the test images it aims at, all triggered."""
+        return self._evaluation_loaders(self.test_images, torch.arange(len(self.test_images)), "test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Return the clean test set."""
+        return self.test_dataloader()[0]
+
+    def clean_fit_dataloader(self) -> BatchLoader:
+        """Return the current phase's split, clean, unshuffled, not augmented: what detectors are fitted on."""
+        return self._loader(
+            self.train_images, self.positions(self.phase.splits), BatchContext("clean_fit"), self.batch_size
+        )
+
+    def reference_batches(self, device: torch.device | str = "cpu") -> Iterator[Sample | tuple[Tensor, Tensor]]:
+        """Replay one epoch of the phase that the current one started from, as its model saw it.
+
+        Augmented, and poisoned if that phase was. Under several processes each gets its share.
+
+        Args:
+            device: Where the batches are made.
+
+        Raises:
+            MisconfigurationException: If the current phase does not start from another.
+        """
+        if self.reference is None:
+            raise MisconfigurationException(
+                "This phase starts from no other phase, so there is no earlier data to replay. Set the phase's "
+                "`start_from`, or give the callback its own `dataloader`."
+            )
+        loader = self._train_loader(replace(self.reference, name=f"{self.reference.name} (replayed)"))
+        here = self._place()
+        loader.place = lambda: Place(0, here.rank, here.world_size)
+        for raw in loader:
+            yield self.on_after_batch_transfer(raw.to(device), 0)
+
+    def defender_view(self, phase: PhaseData, validation: float = 0.2) -> DefenderView:
+        """Return what a defender may see: the clean images of the phase's split and nothing else.
+
+        Args:
+            phase: The defending phase.
+            validation: Share of the split that is held out for validation, in (0, 1).
+        """
+        if phase.poison is not None:
+            raise MisconfigurationException(f"Phase `{phase.name}` defends, so it cannot be `poisoned`.")
+        return DefenderView(
+            self.train_images.select(self.positions(phase.splits)),
+            batch_size=phase.batch_size or self.batch_size,
+            augment=self.augment,
+            seed=self.run_seed,
+            phase=phase.name,
+            validation=validation,
+            num_workers=self.num_workers,
+        )
+
+    def manifest(self, phases: tuple[PhaseData, ...] = ()) -> PoisonManifest | None:
+        """Describe the poison for whoever evaluates the model later; ``None`` without one.
+
+        Args:
+            phases: The phases of the run; the fixed positions of each static one are listed.
+        """
+        if self.poison is None:
+            return None
+        self.setup()
+        chosen = {p.name: self._static_positions(p)[0] for p in phases if p.poison == "static"}
+        dataset: dict[str, str | int] = {
+            "name": type(self).__name__,
+            "sha256": self.fingerprint(),
+            "images": len(self.train_images),
+            "classes": self.num_classes,
+        }
+        return PoisonManifest.describe(self.poison, dataset, chosen)
+
+    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> Sample | tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Finish a raw batch on its device: trigger, augmentation, [0, 1]."""
+        if not isinstance(batch, RawBatch):
+            raise TypeError(f"Expected a batch of this datamodule's loaders, but got {type(batch).__name__}.")
+        sample = render(batch, self.poison, self._padding)
+        return sample if self.batch_format == "sample" else (sample.image, sample.label)
+
+    @property
+    def run_seed(self) -> int:
+        """The seed of all draws: ``seed``, else the one given to ``seed_everything``, else 0."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    @property
+    def _padding(self) -> int:
+        return max(1, self.image_shape[1] // 8)
+
+    def _held(self, images: ImageSet) -> ImageSet:
+        if not isinstance(images, FileImages):
+            return images
+        channels, height, width = images.image_shape
+        fits = len(images) * channels * height * width <= MEMORY_LIMIT
+        return images.in_memory() if (fits if self.in_memory is None else self.in_memory) else images
+
+    def _place(self) -> Place:
+        trainer = self.trainer
+        return Place() if trainer is None else Place(trainer.current_epoch, trainer.global_rank, trainer.world_size)
+
+    def _check_phase(self, phase: PhaseData) -> None:
+        labels = self.train_images.labels[self.positions(phase.splits)]
+        if phase.poison is None:
+            return
+        if self.poison is None:
+            raise MisconfigurationException(f"Phase `{phase.name}` is poisoned, but `data.poison` is not set.")
+        self.poison.check_not_empty(labels, "+".join(phase.splits) or "all")
+
+    def _static_positions(self, phase: PhaseData) -> tuple[Tensor, Tensor]:
+        assert self.poison is not None
+        key = tuple(sorted(phase.splits))
+        if key not in self._static:
+            positions = self.positions(key)
+            labels = self.train_images.labels[positions]
+            self._static[key] = self.poison.choose(labels, positions, "+".join(key) or "all")
+        return self._static[key]
+
+    def _train_loader(self, phase: PhaseData) -> BatchLoader:
+        self._check_phase(phase)
+        context = BatchContext(phase.name, phase.poison, phase.poison or "dynamic", train=True)
+        loader = self._loader(
+            self.train_images, self.positions(phase.splits), context, phase.batch_size or self.batch_size
+        )
+        if phase.poison == "static":
+            masks = []
+            for chosen in self._static_positions(phase):
+                masks.append(torch.zeros(len(self.train_images), dtype=torch.bool).index_fill_(0, chosen, True))
+            loader.static_rows, loader.static_covers = masks
+        return loader
+
+    def _evaluation_loaders(self, images: ImageSet, positions: Tensor, name: str) -> list[BatchLoader]:
+        loaders = [self._loader(images, positions, BatchContext(name), self.batch_size)]
+        if self.poison is not None:
+            victims = positions[self.poison.victims(images.labels[positions])]
+            if len(victims) == 0:
+                raise ValueError(f"Expected {name} images that the attack aims at, but the poison has no victim there.")
+            loaders.append(
+                self._loader(images, victims, BatchContext(name, "all", self.poison.mode), self.batch_size)
+            )
+        return loaders
+
+    def _loader(self, images: ImageSet, positions: Tensor, context: BatchContext, batch_size: int) -> BatchLoader:
+        return BatchLoader(
+            images,
+            positions,
+            context,
+            batch_size=batch_size,
+            seed=self.run_seed,
+            poison=self.poison,
+            augment=self.augment,
+            padding=self._padding,
+            place=self._place,
+            num_workers=self.num_workers,
+        )
+
+
+class DiskDataModule(ImageDataModule):
+    """Base of the datamodules that read a data set from a folder.
+
+    Args:
+        root: Folder that holds the data set.
+        image_size: Height and width; images of another size are resized. ``None``: the data set's usual size.
+        download: Fetch the data set into ``root`` if it is missing, where its source offers that.
+        poison: See :class:`ImageDataModule`, as all further arguments.
+        splits: Share of the training set per named split.
+        batch_size: Images per batch and process.
+        subset: Use only this many training images, classes in proportion.
+        augment: ``"none"``, ``"crop"`` or ``"crop_flip"``.
+        batch_format: ``"sample"`` or ``"pair"``.
+        split_seed: Seed of splits and subset.
+        seed: Seed of order, augmentation and dynamic poison.
+        num_workers: Processes that decode images which are too large for memory.
+        in_memory: Decode all images once, or as batches need them; ``None`` decides by size.
+    """
+
+    default_image_size: ClassVar[int] = 32
+
+    def __init__(
+        self,
+        root: Path = Path("data"),
+        image_size: int | None = None,
+        download: bool = False,
+        poison: Poison | None = None,
+        splits: dict[str, float] | None = None,
+        batch_size: int = 128,
+        subset: int | None = None,
+        augment: Augment | None = None,
+        batch_format: Literal["sample", "pair"] = "sample",
+        split_seed: int = 0,
+        seed: int | None = None,
+        num_workers: int = 0,
+        in_memory: bool | None = None,
+    ) -> None:
+        super().__init__(
+            poison, splits, batch_size, subset, augment, batch_format, split_seed, seed, num_workers, in_memory
+        )
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"Expected argument `image_size` to be a positive integer, but got {image_size}.")
+        self.root = Path(root)
+        self.image_size = image_size or self.default_image_size
+        self.download = download

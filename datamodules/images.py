@@ -1,0 +1,179 @@
+"""Sets of labelled images: in memory as uint8, or read from files when a batch needs them."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+__all__ = ("FileImages", "ImageSet", "TensorImages", "read_image")
+
+
+class ImageSet(ABC):
+    """Labelled images of one size.
+
+    Attributes:
+        labels: ``(N,)`` int64 in ``[0, len(class_names))``.
+        class_names: Name of each class.
+        image_shape: ``(C, H, W)`` of every image.
+    """
+
+    labels: Tensor
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def read(self, positions: Tensor) -> Tensor:
+        """Return the images at ``positions`` ``(B,)`` as ``(B, C, H, W)`` uint8."""
+
+    @abstractmethod
+    def select(self, positions: Tensor) -> "ImageSet":
+        """Return the set of the images at ``positions``."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a SHA-256 hex digest of the content: images (or files' names and sizes) and labels."""
+
+
+class TensorImages(ImageSet):
+    """Images held in memory.
+
+    Args:
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` integers in ``[0, len(class_names))``.
+        class_names: Name of each class.
+
+    Raises:
+        ValueError: If shapes, dtype or labels do not fit.
+
+    Example:
+        >>> images = TensorImages(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+        >>> images.read(torch.tensor([1])).shape
+        torch.Size([1, 1, 8, 8])
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"Expected argument `images` to be (N, C, H, W) uint8, but got {tuple(images.shape)} {images.dtype}."
+            )
+        self.images = images
+        self.labels = _checked_labels(labels, len(images), class_names)
+        self.class_names = tuple(class_names)
+        self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def read(self, positions: Tensor) -> Tensor:
+        """Return the images at ``positions`` ``(B,)`` as ``(B, C, H, W)`` uint8."""
+        return self.images[positions]
+
+    def select(self, positions: Tensor) -> "TensorImages":
+        """Return the set of the images at ``positions``, copied."""
+        return TensorImages(self.images[positions], self.labels[positions], self.class_names)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 hex digest of shape, pixels and labels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class FileImages(ImageSet):
+    """Images that stay on disk and are decoded, resized and converted when they are read.
+
+    Args:
+        root: Folder that ``paths`` are relative to; the fingerprint does not depend on it.
+        paths: One relative path per image.
+        labels: ``(N,)`` integers in ``[0, len(class_names))``.
+        class_names: Name of each class.
+        image_size: Height and width that images are resized to (bilinear, antialiased) if they differ.
+    """
+
+    def __init__(
+        self, root: Path, paths: Sequence[str], labels: Tensor, class_names: Sequence[str], image_size: int
+    ) -> None:
+        self.root = root
+        self.paths = np.array(paths, dtype=np.str_)  # one block of memory that forked workers share
+        self.labels = _checked_labels(labels, len(paths), class_names)
+        self.class_names = tuple(class_names)
+        self.image_shape = (3, image_size, image_size)
+
+    def read(self, positions: Tensor) -> Tensor:
+        """Return the images at ``positions`` ``(B,)`` as ``(B, 3, H, W)`` uint8.
+
+        Raises:
+            ValueError: If a file is not a readable image; the message names it.
+        """
+        return torch.stack([self._read_one(position) for position in positions.tolist()])
+
+    def select(self, positions: Tensor) -> "FileImages":
+        """Return the set of the files at ``positions``."""
+        paths = [str(path) for path in self.paths[positions.numpy()]]
+        return FileImages(self.root, paths, self.labels[positions], self.class_names, self.image_shape[1])
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 hex digest of relative paths, file sizes, labels and the image size."""
+        digest = hashlib.sha256(repr(self.image_shape).encode())
+        for path, label in zip(self.paths.tolist(), self.labels.tolist(), strict=True):
+            digest.update(f"{path}\0{(self.root / path).stat().st_size}\0{label}\n".encode())
+        return digest.hexdigest()
+
+    def in_memory(self, threads: int = 4) -> TensorImages:
+        """Decode every file now.
+
+        Args:
+            threads: Threads that decode; Pillow releases the interpreter lock while it does.
+        """
+        images = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
+
+        def fill(position: int) -> None:
+            images[position] = self._read_one(position)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(len(self)), chunksize=64))
+        return TensorImages(images, self.labels, self.class_names)
+
+    def _read_one(self, position: int) -> Tensor:
+        return read_image(self.root / str(self.paths[position]), self.image_shape[1])
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """Read one image file as RGB.
+
+    Args:
+        path: An image file that Pillow reads.
+        size: Height and width to resize to (bilinear, antialiased) if they differ.
+
+    Returns:
+        ``(3, size, size)`` uint8.
+
+    Raises:
+        ValueError: If the file is not a readable image; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"Cannot read the image {path}: {error}. Remove or replace the file.") from error
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def _checked_labels(labels: Tensor, count: int, class_names: Sequence[str]) -> Tensor:
+    labels = labels.to(torch.int64)
+    if labels.shape != (count,):
+        raise ValueError(f"Expected one label per image ({count}), but got shape {tuple(labels.shape)}.")
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
+        raise ValueError(
+            f"Expected labels in [0, {len(class_names)}), but got {int(labels.min())} to {int(labels.max())}."
+        )
+    return labels

@@ -1,0 +1,103 @@
+"""What travels from a loader to the model: raw batches with their draws, and finished samples."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ("BatchContext", "PoisonMode", "RawBatch", "Sample")
+
+PoisonMode = Literal["static", "dynamic"]
+
+
+class Sample(NamedTuple):
+    """A finished batch, as the model sees it. Code that works with any batch reads ``batch[:2]``.
+
+    Attributes:
+        image: ``(B, C, H, W)`` float32 in [0, 1]; normalisation is the model's first layer.
+        label: ``(B,)`` int64, the label to train on or to compare with; the attacker's for a poisoned image.
+        is_poisoned: ``(B,)`` bool, true where the trigger was applied and the label follows the label map.
+        original_label: ``(B,)`` int64, the label before poisoning.
+        index: ``(B,)`` int64, position in the data set that the image comes from.
+    """
+
+    image: Tensor
+    label: Tensor
+    is_poisoned: Tensor
+    original_label: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """The rule that a loader works under; each of its batches carries it.
+
+    The rule belongs to the loader and not to the datamodule's current state, so that the previous phase's data
+    can be replayed while another phase trains.
+
+    Attributes:
+        phase: Name of the phase; part of the key of every random draw.
+        poison: ``"static"`` or ``"dynamic"`` poisoning at the poison's rate, ``"all"`` for an attack test set
+            (every image triggered), ``None`` for clean data.
+        mode: How a triggered image is stored: ``"static"`` rounds it to 8 bits, as an image file does.
+        train: Whether augmentation applies.
+    """
+
+    phase: str
+    poison: Literal["static", "dynamic", "all"] | None = None
+    mode: PoisonMode = "dynamic"
+    train: bool = False
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Stored images and every random decision about them, drawn on the CPU; pixels change later, on the device.
+
+    Attributes:
+        images: ``(B, C, H, W)`` uint8.
+        labels: ``(B,)`` int64, original labels.
+        indices: ``(B,)`` int64.
+        context: The loader's rule.
+        poison_rows: ``(P,)`` int64, rows of the batch that get trigger and label, or ``None``.
+        poison_labels: ``(P,)`` int64, their labels, or ``None``.
+        cover_rows: ``(Q,)`` int64, rows that are changed but keep their label, or ``None``.
+        cover_seeds: One seed per cover row, or one for all of them; covers may draw noise of their own.
+        crop_offsets: ``(B, 2)`` int64, row and column offset into the padded image, or ``None``.
+        flips: ``(B,)`` bool, which images are mirrored, or ``None``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    context: BatchContext
+    poison_rows: Tensor | None = None
+    poison_labels: Tensor | None = None
+    cover_rows: Tensor | None = None
+    cover_seeds: tuple[int, ...] = ()
+    crop_offsets: Tensor | None = None
+    flips: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "RawBatch":
+        """Return the batch with its tensors on ``device``; Lightning calls this to transfer a batch."""
+        device = torch.device(device)
+        if self.images.device == device:
+            return self
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "RawBatch":
+        """Return the batch with its tensors in page-locked memory."""
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+    def __len__(self) -> int:
+        return len(self.labels)

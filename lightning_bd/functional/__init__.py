@@ -1,0 +1,1 @@
+"""Pure functions of the methods; import each from its own module."""

@@ -1,0 +1,174 @@
+"""The record of a poison: enough to trigger a model again, years later, without trusting the file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_bd import label_maps, triggers
+from lightning_bd.label_maps import LabelMap
+from lightning_bd.triggers import Trigger
+
+if TYPE_CHECKING:
+    from lightning_bd.poisoning import Poison
+
+__all__ = ("PoisonManifest",)
+
+Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
+
+
+@dataclass(frozen=True)
+class PoisonManifest:
+    """Trigger with its pixels, label map, rate, chosen images and the data set's fingerprint.
+
+    Written next to every run (``manifest.json`` and ``manifest.safetensors``) and inside each of its checkpoints.
+
+    Attributes:
+        trigger: ``{"class": name, "arguments": {...}}``.
+        image_shape: ``(C, H, W)`` that the trigger was built for.
+        label_map: ``{"class": name, "arguments": {...}}``.
+        rate: Share of poisoned images.
+        mode: ``"static"`` or ``"dynamic"``.
+        clean_label: Whether labels were left as they were.
+        cover_rate: Share of cover images.
+        seed: Seed of the choice of images.
+        dataset: Name, SHA-256, number of images and classes.
+        tensors: ``trigger.*``: the trigger's buffers; ``indices.<phase>``: ``(P,)`` int64 positions of a static poison.
+    """
+
+    trigger: dict[str, Plain]
+    image_shape: tuple[int, int, int]
+    label_map: dict[str, Plain]
+    rate: float
+    mode: str
+    clean_label: bool
+    cover_rate: float
+    seed: int
+    dataset: dict[str, str | int]
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def describe(
+        cls, poison: "Poison", dataset: dict[str, str | int], indices: Mapping[str, Tensor] | None = None
+    ) -> "PoisonManifest":
+        """Describe a prepared poison.
+
+        Args:
+            poison: The rule, after ``prepare``.
+            dataset: Name, SHA-256, number of images and classes.
+            indices: Poisoned positions of each static phase.
+        """
+        assert poison.trigger.image_shape is not None, "the poison must be prepared first"
+        tensors = {f"trigger.{k}": v.detach().cpu().clone() for k, v in poison.trigger.state_dict().items()}
+        tensors |= {f"indices.{phase}": chosen for phase, chosen in (indices or {}).items()}
+        return cls(
+            trigger={"class": type(poison.trigger).__qualname__, "arguments": dict(poison.trigger.hyperparameters)},
+            image_shape=poison.trigger.image_shape,
+            label_map={"class": type(poison.label_map).__qualname__, "arguments": dict(poison.label_map.describe())},
+            rate=poison.rate,
+            mode=poison.mode,
+            clean_label=poison.clean_label,
+            cover_rate=poison.cover_rate,
+            seed=poison.seed,
+            dataset=dataset,
+            tensors=tensors,
+        )
+
+    def plain(self) -> dict[str, Plain]:
+        """Return everything but the tensors as plain values."""
+        values = asdict(self)
+        values.pop("tensors")
+        values["image_shape"] = list(self.image_shape)
+        return values
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Plain], tensors: dict[str, Tensor]) -> "PoisonManifest":
+        """Rebuild a manifest from :meth:`plain` and its tensors.
+
+        Raises:
+            ValueError: If a field is missing.
+        """
+        try:
+            fields = {name: values[name] for name in cls.__dataclass_fields__ if name != "tensors"}
+        except KeyError as error:
+            raise ValueError(f"The poison manifest lacks the field {error}.") from None
+        fields["image_shape"] = tuple(fields["image_shape"])  # type: ignore[arg-type]
+        return cls(**fields, tensors=tensors)  # type: ignore[arg-type]
+
+    def save(self, folder: Path) -> None:
+        """Write ``manifest.json`` and ``manifest.safetensors`` into ``folder``."""
+        save_file({k: v.contiguous() for k, v in self.tensors.items()}, folder / "manifest.safetensors")
+        (folder / "manifest.json").write_text(json.dumps(self.plain(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PoisonManifest":
+        """Read a manifest that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If a file is missing or broken; the message names it.
+        """
+        try:
+            values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            return cls.from_plain(values, load_file(folder / "manifest.safetensors"))
+        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"Cannot read the poison manifest in {folder}: {error}") from error
+
+    def build_trigger(self, known: type[Trigger] | None = None) -> Trigger:
+        """Rebuild the trigger with its saved pixels.
+
+        Only this library's triggers are built by name: a file must not decide which code runs.
+
+        Args:
+            known: The user's own trigger class, if the manifest names that one.
+
+        Raises:
+            ValueError: If the trigger's class is not known or its tensors do not fit.
+        """
+        name, arguments = self.trigger["class"], self.trigger["arguments"]
+        choices = {cls.__qualname__: cls for cls in (known,) if cls is not None}
+        choices |= {n: getattr(triggers, n) for n in triggers.__all__ if n != "Trigger"}
+        if not isinstance(name, str) or name not in choices or not isinstance(arguments, dict):
+            raise ValueError(
+                f"The manifest's trigger {name!r} is not one of lightning_bd.triggers ({', '.join(choices)}). "
+                "Give a config whose `data.poison.trigger` is that class."
+            )
+        trigger: Trigger = choices[name](**arguments)
+        prefix = "trigger."
+        trigger.restore(
+            self.image_shape, {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        )
+        return trigger
+
+    def build_label_map(self) -> LabelMap:
+        """Rebuild the label map.
+
+        Raises:
+            ValueError: If it is not one of ``lightning_bd.label_maps``.
+        """
+        name, arguments = self.label_map["class"], self.label_map["arguments"]
+        choices = [n for n in label_maps.__all__ if n != "LabelMap"]
+        if name not in choices or not isinstance(arguments, dict):
+            raise ValueError(f"The manifest's label map {name!r} is not one of {', '.join(choices)}.")
+        rule: LabelMap = getattr(label_maps, str(name))(**arguments)
+        return rule
+
+    def differences(self, other: "PoisonManifest") -> list[str]:
+        """Say where the attack of ``other`` differs: trigger, its pixels, label map, image shape or mode."""
+        found = []
+        for name in ("trigger", "image_shape", "label_map", "mode"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name}: {mine} against {theirs}")
+        keys = [k for k in sorted(self.tensors.keys() | other.tensors.keys()) if k.startswith("trigger.")]
+        if not found:
+            for key in keys:
+                mine, theirs = self.tensors.get(key), other.tensors.get(key)
+                if mine is None or theirs is None or not torch.equal(mine, theirs):
+                    found.append(f"{key}: the pixels differ")
+        return found

@@ -1,0 +1,169 @@
+"""Which images are poisoned, and what their labels become."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_bd.batch import PoisonMode
+from lightning_bd.functional.draws import keyed_generator
+from lightning_bd.label_maps import AllToOne, LabelMap
+from lightning_bd.manifest import PoisonManifest
+from lightning_bd.triggers import Trigger
+
+__all__ = ("Poison", "PoisonManifest")
+
+
+@dataclass
+class Poison:
+    """The attacker's rule for a data set; an argument of every datamodule.
+
+    Args:
+        trigger: How the pixels of a poisoned image change.
+        rate: Share of images to poison, in [0, 1]: of the training split, or with ``clean_label`` of the target
+            class. The papers use 0.1.
+        target: The attacker's class, or a label map for all-to-all and source-specific attacks.
+        mode: ``"dynamic"``: each image of each batch is poisoned with probability ``rate``, after augmentation, in
+            float (the protocol of SBL). ``"static"``: ``int(rate * n)`` fixed images, poisoned once, rounded to 8 bits,
+            augmented afterwards like any other image (the conventional protocol).
+        clean_label: Poison only images of the target class and leave their labels.
+        selection: Positions in the training set to choose from instead of all; how many comes from ``rate``.
+        cover_rate: Share of images that get the trigger's cover (by default the trigger itself) and keep their
+            label, in [0, 1]; WaNet's noise mode uses twice the poison rate.
+        seed: Seed of the choice of images.
+
+    Raises:
+        ValueError: If a rate is outside [0, 1], both together exceed 1, or ``clean_label`` has no single target.
+
+    Example:
+        >>> from lightning_bd.triggers import BadNets
+        >>> poison = Poison(BadNets(), rate=0.5, target=0, mode="static")
+        >>> poison.prepare((3, 32, 32), num_classes=10)
+        >>> poisoned, _ = poison.choose(torch.arange(10), torch.arange(10), split="inject")
+        >>> len(poisoned)
+        5
+    """
+
+    trigger: Trigger
+    rate: float = 0.1
+    target: int | LabelMap = 0
+    mode: PoisonMode = "dynamic"
+    clean_label: bool = False
+    selection: list[int] | None = None
+    cover_rate: float = 0.0
+    seed: int = 0
+    label_map: LabelMap = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("rate", self.rate), ("cover_rate", self.cover_rate)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"Expected argument `{name}` to be a share in [0, 1], but got {value}.")
+        if self.rate + self.cover_rate > 1:
+            raise ValueError(
+                f"Expected `rate` and `cover_rate` to sum to at most 1, but got {self.rate} + {self.cover_rate}."
+            )
+        self.label_map = AllToOne(self.target) if isinstance(self.target, int) else self.target
+        if self.clean_label and not isinstance(self.label_map, AllToOne):
+            raise ValueError("Expected argument `target` to be one class with `clean_label`, but got a label map.")
+        self._num_classes: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data; known after :meth:`prepare`."""
+        if self._num_classes is None:
+            raise RuntimeError("Poison.prepare(image_shape, num_classes) must be called first.")
+        return self._num_classes
+
+    def prepare(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        """Check the rule against the data and build the trigger.
+
+        Args:
+            image_shape: ``(C, H, W)``.
+            num_classes: Classes of the data set.
+
+        Raises:
+            ValueError: If the target is not a class or the trigger does not fit the images.
+        """
+        self.label_map.validate(num_classes)
+        self.trigger.build(image_shape)
+        self._num_classes = num_classes
+
+    def attacker_labels(self, labels: Tensor) -> Tensor:
+        """Return the labels ``(B,)`` that triggered images of classes ``labels`` ``(B,)`` get."""
+        return self.label_map(labels, self.num_classes)
+
+    def candidates(self, labels: Tensor) -> Tensor:
+        """Return which images of classes ``labels`` ``(B,)`` may be poisoned for training, as ``(B,)`` bool."""
+        if self.clean_label:
+            return labels == self.attacker_labels(labels)
+        return self.label_map.sources(labels)
+
+    def victims(self, labels: Tensor) -> Tensor:
+        """Return which test images of classes ``labels`` ``(B,)`` the attack aims at, as ``(B,)`` bool.
+
+        Images that have the attacker's label already are not among them.
+        """
+        return self.label_map.sources(labels) & (labels != self.attacker_labels(labels))
+
+    def check_not_empty(self, labels: Tensor, split: str) -> None:
+        """Raise ``ValueError`` if ``rate`` selects no image among ``labels`` ``(N,)`` of a split."""
+        candidates = int(self.candidates(labels).sum())
+        total = candidates if self.clean_label else len(labels)
+        if candidates == 0 or int(self.rate * total) == 0:
+            raise ValueError(
+                f"Expected the poison to select at least one image of split `{split}`, but rate {self.rate} of "
+                f"{total} images selects none ({candidates} may be poisoned). Raise `poison.rate`, or set the phase's "
+                "`poisoned: false`."
+            )
+
+    def choose(self, labels: Tensor, positions: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        """Choose the images of a static poison.
+
+        The order of ``positions`` does not matter.
+
+        Args:
+            labels: ``(N,)`` labels of the images at ``positions``.
+            positions: ``(N,)`` positions in the training set.
+            split: Name of the split, part of the key of the draw.
+
+        Returns:
+            Sorted positions of the poisoned images and of the cover images; disjoint.
+
+        Raises:
+            ValueError: If the rate selects no image, or more than there are candidates.
+        """
+        order = positions.argsort()
+        labels, positions = labels[order], positions[order]
+        self.check_not_empty(labels, split)
+        candidates = positions[self.candidates(labels)]
+        count = int(self.rate * (len(candidates) if self.clean_label else len(labels)))
+        if self.selection is not None:
+            candidates = candidates[torch.isin(candidates, torch.tensor(self.selection))]
+        if count > len(candidates):
+            raise ValueError(
+                f"Expected at least {count} images to poison in split `{split}` (rate {self.rate}), "
+                f"but only {len(candidates)} may be poisoned. Lower `poison.rate`."
+            )
+        generator = keyed_generator(self.seed, "static", split)
+        poisoned = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+        others = positions[~torch.isin(positions, poisoned)]
+        covers = others[torch.randperm(len(others), generator=generator)[: int(self.cover_rate * len(labels))]]
+        return poisoned.sort().values, covers.sort().values
+
+    def draw(self, labels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw the rows of one batch for a dynamic poison.
+
+        Args:
+            labels: ``(B,)`` labels of the batch.
+            indices: ``(B,)`` positions of the images in the training set.
+            generator: CPU generator of this batch.
+
+        Returns:
+            Rows of the batch to poison and rows to cover; disjoint.
+        """
+        uniform = torch.rand(len(labels), generator=generator)
+        poisoned = (uniform < self.rate) & self.candidates(labels)
+        if self.selection is not None:
+            poisoned &= torch.isin(indices, torch.tensor(self.selection))
+        covered = (uniform >= 1 - self.cover_rate) & ~poisoned
+        return poisoned.nonzero().flatten(), covered.nonzero().flatten()
