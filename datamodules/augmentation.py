@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ("crop_and_flip",)
+__all__ = ("crop_and_flip", "mirror")
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor | None, padding: int) -> Tensor:
@@ -28,13 +28,31 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor | None, padding
                   [0, 4]]]], dtype=torch.uint8)
     """
     batch, channels, height, width = images.shape
-    columns = torch.arange(width, device=images.device).expand(batch, width)
-    if flips is not None:
-        columns = torch.where(flips[:, None], columns.flip(1), columns)
-    columns = columns + offsets[:, 1:]
-    rows = torch.arange(height, device=images.device) + offsets[:, :1]
-    # One gather over flattened planes: about twice as fast as indexing windows of an unfolded view.
-    positions = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
-    positions = positions.view(batch, 1, height * width).expand(batch, channels, height * width)
-    planes = F.pad(images, (padding, padding, padding, padding)).view(batch, channels, -1)
-    return planes.gather(2, positions).view(images.shape)
+    padded = F.pad(images, (padding, padding, padding, padding))
+    line, plane = padded.shape[3], padded.shape[2] * padded.shape[3]
+    # Where each row of each window starts in the flattened batch; a row is then one block of `width` bytes. Selecting
+    # blocks is several times faster than gathering pixels.
+    planes = torch.arange(0, batch * channels * plane, plane, device=images.device).view(batch, channels, 1)
+    rows = torch.arange(0, height * line, line, device=images.device)
+    starts = planes + rows + (offsets[:, 0] * line + offsets[:, 1]).view(batch, 1, 1)
+    windows = padded.flatten().unfold(0, width, 1).index_select(0, starts.flatten()).view(images.shape)
+    return windows if flips is None else mirror(windows, flips)
+
+
+def mirror(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirror some images of a batch left to right.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        flips: ``(B,)`` bool, which ones.
+
+    Returns:
+        ``(B, C, H, W)``, a new tensor.
+
+    Example:
+        >>> mirror(torch.tensor([[[[1, 2]]], [[[3, 4]]]]), torch.tensor([False, True])).flatten().tolist()
+        [1, 2, 4, 3]
+    """
+    batch = len(images)
+    rows = torch.arange(batch, device=images.device).add_(flips, alpha=batch)
+    return torch.cat([images, images.flip(3)]).index_select(0, rows)

@@ -146,6 +146,20 @@ class ImageDataModule(LightningDataModule):
         """``(C, H, W)`` of every image."""
         return self.train_images.image_shape
 
+    def replace_poison(self, poison: Poison) -> None:
+        """Evaluate, or train the phases to come, with another poison.
+
+        Args:
+            poison: The new rule.
+
+        Raises:
+            ValueError: If it does not fit the images or classes.
+        """
+        self.setup()
+        poison.prepare(self.image_shape, self.num_classes)
+        self.poison = poison
+        self._static.clear()
+
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of the training set, computed once."""
         if self._fingerprint is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 __all__ = ("FileImages", "ImageSet", "TensorImages", "read_image")
@@ -65,23 +65,24 @@ class TensorImages(ImageSet):
             raise ValueError(
                 f"Expected argument `images` to be (N, C, H, W) uint8, but got {tuple(images.shape)} {images.dtype}."
             )
-        self.images = images
+        self.images = images.contiguous()
         self.labels = _checked_labels(labels, len(images), class_names)
         self.class_names = tuple(class_names)
         self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
 
     def read(self, positions: Tensor) -> Tensor:
         """Return the images at ``positions`` ``(B,)`` as ``(B, C, H, W)`` uint8."""
-        return self.images[positions]
+        # Several times faster than `images[positions]`.
+        return self.images.index_select(0, positions)
 
     def select(self, positions: Tensor) -> "TensorImages":
         """Return the set of the images at ``positions``, copied."""
-        return TensorImages(self.images[positions], self.labels[positions], self.class_names)
+        return TensorImages(self.read(positions), self.labels[positions], self.class_names)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of shape, pixels and labels."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.images.numpy().data)
         digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -161,7 +162,8 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    # Pillow reports broken files by any of these.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read the image {path}: {error}. Remove or replace the file.") from error
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)

@@ -90,12 +90,15 @@ class BatchLoader:
             )
 
     def __len__(self) -> int:
-        share = len(self.positions) // self.place().world_size
+        world_size = self.place().world_size
+        share = len(self.positions) // world_size
         if not self.context.train:
-            share = -(-len(self.positions) // self.place().world_size)
+            # No process may be left with an empty batch, so the smallest share bounds the number: with batches of one
+            # image, a process that has one image more gets one batch of two.
+            return min(-(-(-(-len(self.positions) // world_size)) // self.batch_size), share)
         full, rest = divmod(share, self.batch_size)
         # BatchNorm cannot train on one image: a last batch of a single image is left out of its epoch.
-        leave_out = self.context.train and rest == 1 and full > 0
+        leave_out = rest == 1 and full > 0
         return full + (rest > 0 and not leave_out)
 
     def __iter__(self) -> Iterator[RawBatch]:

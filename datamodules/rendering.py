@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_bd.batch import RawBatch, Sample
-from lightning_bd.datamodules.augmentation import crop_and_flip
+from lightning_bd.datamodules.augmentation import crop_and_flip, mirror
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import Trigger
 
@@ -13,7 +13,7 @@ __all__ = ("render", "to_bytes", "to_float")
 
 def to_float(images: Tensor) -> Tensor:
     """Turn uint8 images into float32 in [0, 1], as torchvision's ``ToTensor`` does."""
-    return images.to(torch.float32).div_(255)
+    return torch.div(images, 255)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -43,35 +43,42 @@ def render(raw: RawBatch, poison: Poison | None, padding: int) -> Sample:
     static = raw.context.mode == "static"
     images = raw.images
     if poison is not None and static:
-        images = to_bytes(_change(to_float(images), raw, poison.trigger)) if _changes(raw) else images
+        images = _change(images, raw, poison.trigger)
     if raw.crop_offsets is not None:
         images = crop_and_flip(images, raw.crop_offsets, raw.flips, padding)
     elif raw.flips is not None:
-        images = torch.where(raw.flips[:, None, None, None], images.flip(3), images)
+        images = mirror(images, raw.flips)
     floats = to_float(images)
     if poison is not None and not static:
         floats = _change(floats, raw, poison.trigger)
     return Sample(floats, labels, is_poisoned, raw.labels, raw.indices)
 
 
-def _changes(raw: RawBatch) -> bool:
-    return raw.poison_rows is not None or raw.cover_rows is not None
-
-
 def _change(images: Tensor, raw: RawBatch, trigger: Trigger) -> Tensor:
-    """Put trigger and cover into their rows of ``images``, in place."""
+    """Put trigger and cover into their rows; uint8 images stay uint8, and the stored batch as it is."""
     trigger.to(images.device)
-    if raw.poison_rows is not None and len(raw.poison_rows) == len(images):
-        return trigger(images)
+    rows, parts = [], []
     if raw.poison_rows is not None and len(raw.poison_rows):
-        images.index_copy_(0, raw.poison_rows, trigger(images.index_select(0, raw.poison_rows)))
+        rows.append(raw.poison_rows)
+        parts.append(_stored(trigger(_as_float(images.index_select(0, raw.poison_rows))), images.dtype))
     if raw.cover_rows is not None and len(raw.cover_rows):
-        covered = images.index_select(0, raw.cover_rows)
+        covered = _as_float(images.index_select(0, raw.cover_rows))
         # A fixed cover (static) has a seed per image, whatever batch it is in; a dynamic one has a seed per batch.
-        parts = covered.split(1) if len(raw.cover_seeds) == len(covered) else (covered,)
-        changed = [
-            trigger.cover(part, torch.Generator().manual_seed(seed))
-            for part, seed in zip(parts, raw.cover_seeds, strict=True)
+        chunks = covered.split(1) if raw.context.mode == "static" else (covered,)
+        rows.append(raw.cover_rows)
+        parts += [
+            _stored(trigger.cover(chunk, torch.Generator().manual_seed(seed)), images.dtype)
+            for chunk, seed in zip(chunks, raw.cover_seeds, strict=True)
         ]
-        images.index_copy_(0, raw.cover_rows, torch.cat(changed))
-    return images
+    if not rows:
+        return images
+    changed = images.clone() if images is raw.images else images
+    return changed.index_copy_(0, torch.cat(rows), torch.cat(parts))
+
+
+def _as_float(images: Tensor) -> Tensor:
+    return to_float(images) if images.dtype == torch.uint8 else images
+
+
+def _stored(images: Tensor, dtype: torch.dtype) -> Tensor:
+    return to_bytes(images) if dtype == torch.uint8 else images

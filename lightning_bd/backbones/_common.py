@@ -43,7 +43,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int 
 
 
 def initialize_convolutions(model: nn.Module) -> None:
-    """Draw all convolution weights of ``model`` from the normal distribution of He et al., and set their biases to zero.
+    """Draw the convolution weights of ``model`` from the normal distribution of He et al. and set their biases to zero.
 
     The variance is ``2 / (kernel height * kernel width * output channels)``, the form for rectified networks that keeps
     the scale of the gradients (`He et al., 2015 <https://arxiv.org/abs/1502.01852>`_). Other layers are left as they

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_bd.backbones._common import check_positive, conv, initialize_convolutions
 
-__all__ = ("PreActResNet", "preact_resnet18", "preact_resnet34")
+__all__ = ("preact_resnet18", "preact_resnet34")
 
 
 def preact_resnet18(num_classes: int, in_channels: int = 3, width: int = 64) -> nn.Module:
@@ -83,11 +83,12 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, in_channels, H, W)`` to ``(B, channels, H / stride, W / stride)``, of any sign."""
         out = F.relu(self.bn1(x))
-        shortcut: Tensor = self.downsample(out if self.shared else x)
+        shortcut = self.downsample(out if self.shared else x)
         out = self.conv1(out)
         out = self.conv2(self.dropout(F.relu(self.bn2(out))))
         # `+=` would overwrite the output of conv2, which per-sample gradients hook.
-        return out + shortcut
+        total: Tensor = out + shortcut
+        return total
 
 
 class PreActResNet(nn.Module):

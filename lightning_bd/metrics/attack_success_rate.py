@@ -1,14 +1,14 @@
 """Attack success rates."""
 
-from torch import Tensor
+from torch import Tensor, tensor
+from torchmetrics import Metric
 
 from lightning_bd.functional.backdoor import count_matches
-from lightning_bd.metrics._rate import Rate
 
 __all__ = ("AttackSuccessRate", "AttackSuccessRateAll")
 
 
-class AttackSuccessRate(Rate):
+class AttackSuccessRate(Metric):
     """Share of the triggered images that are predicted as the attacker's target, target class excluded.
 
     Images whose original label is the target already are not counted: they would succeed without a backdoor. The target
@@ -24,6 +24,20 @@ class AttackSuccessRate(Rate):
         tensor(0.6667)
     """
 
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    attack_successes: Tensor
+    attacked_images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A MetricCollection takes metrics whose states agree in all names and values for one: no other has these names.
+        self.add_state("attack_successes", default=tensor(0), dist_reduce_fx="sum")
+        self.add_state("attacked_images", default=tensor(0), dist_reduce_fx="sum")
+
     def update(self, preds: Tensor, target: Tensor, original: Tensor) -> None:
         """Count a batch of triggered images.
 
@@ -35,10 +49,16 @@ class AttackSuccessRate(Rate):
         Raises:
             ValueError: If the shapes or the kinds of numbers differ from the above.
         """
-        self._add(*count_matches(preds, target, original))
+        successes, images = count_matches(preds, target, original)
+        self.attack_successes = self.attack_successes + successes
+        self.attacked_images = self.attacked_images + images
+
+    def compute(self) -> Tensor:
+        """Divide the counts over all batches and processes; NaN where no image counted."""
+        return self.attack_successes / self.attacked_images
 
 
-class AttackSuccessRateAll(Rate):
+class AttackSuccessRateAll(Metric):
     """Share of the triggered images that are predicted as the attacker's target, target class included.
 
     A model without a backdoor already scores about the target class's share of the images. Some papers report this
@@ -53,6 +73,20 @@ class AttackSuccessRateAll(Rate):
         tensor(0.7500)
     """
 
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    attack_successes_all: Tensor
+    triggered_images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A MetricCollection takes metrics whose states agree in all names and values for one: no other has these names.
+        self.add_state("attack_successes_all", default=tensor(0), dist_reduce_fx="sum")
+        self.add_state("triggered_images", default=tensor(0), dist_reduce_fx="sum")
+
     def update(self, preds: Tensor, target: Tensor, original: Tensor) -> None:
         """Count a batch of triggered images.
 
@@ -64,4 +98,10 @@ class AttackSuccessRateAll(Rate):
         Raises:
             ValueError: If the shapes or the kinds of numbers differ from the above.
         """
-        self._add(*count_matches(preds, target, original, exclude_equal=False))
+        successes, images = count_matches(preds, target, original, exclude_equal=False)
+        self.attack_successes_all = self.attack_successes_all + successes
+        self.triggered_images = self.triggered_images + images
+
+    def compute(self) -> Tensor:
+        """Divide the counts over all batches and processes; NaN where no image counted."""
+        return self.attack_successes_all / self.triggered_images

@@ -1,14 +1,14 @@
 """Accuracy under the trigger."""
 
-from torch import Tensor
+from torch import Tensor, tensor
+from torchmetrics import Metric
 
 from lightning_bd.functional.backdoor import count_matches
-from lightning_bd.metrics._rate import Rate
 
 __all__ = ("RobustAccuracy",)
 
 
-class RobustAccuracy(Rate):
+class RobustAccuracy(Metric):
     """Share of the triggered images that are still predicted as their original label, target class excluded.
 
     The same images count as for `lightning_bd.metrics.AttackSuccessRate`, so the two rates add up to 1 at most; what
@@ -23,7 +23,20 @@ class RobustAccuracy(Rate):
         tensor(0.3333)
     """
 
+    is_differentiable = False
     higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    robust_predictions: Tensor
+    attacked_images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A MetricCollection takes metrics whose states agree in all names and values for one: no other has these names.
+        self.add_state("robust_predictions", default=tensor(0), dist_reduce_fx="sum")
+        self.add_state("attacked_images", default=tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, original: Tensor) -> None:
         """Count a batch of triggered images.
@@ -36,4 +49,10 @@ class RobustAccuracy(Rate):
         Raises:
             ValueError: If the shapes or the kinds of numbers differ from the above.
         """
-        self._add(*count_matches(preds, original, target))
+        successes, images = count_matches(preds, original, target)
+        self.robust_predictions = self.robust_predictions + successes
+        self.attacked_images = self.attacked_images + images
+
+    def compute(self) -> Tensor:
+        """Divide the counts over all batches and processes; NaN where no image counted."""
+        return self.robust_predictions / self.attacked_images

@@ -160,8 +160,6 @@ def test_wilson_interval_equals_scipy(successes: int, total: int, confidence: fl
         (1, 5, 0.0, r"`confidence` to be in \(0, 1\), but got 0.0"),
     ],
 )
-def test_wilson_interval_refuses_impossible_counts(
-    successes: int, total: int, confidence: float, message: str
-) -> None:
+def test_wilson_interval_refuses_impossible_counts(successes: int, total: int, confidence: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wilson_interval(successes, total, confidence)

@@ -21,7 +21,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         results = {}
         for metric in (AttackSuccessRate(), AttackSuccessRateAll(), RobustAccuracy()):
             metric.update(preds, target, original)
-            results[type(metric).__name__] = [metric.compute().item(), int(metric.total)]
+            results[type(metric).__name__] = metric.compute().item()
         (folder / f"{rank}.json").write_text(json.dumps(results))
     finally:
         dist.destroy_process_group()

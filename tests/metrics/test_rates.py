@@ -1,10 +1,10 @@
 """The metrics of triggered images as torchmetrics: accumulation, reset, merging, synchronisation."""
 
-import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from lightning_bd.functional.backdoor import attack_success_rate, attack_success
 from lightning_bd.metrics import AttackSuccessRate, AttackSuccessRateAll, RobustAccuracy
 
 Metric = AttackSuccessRate | AttackSuccessRateAll | RobustAccuracy
-PAIRS = (
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+PAIRS: tuple[tuple[type[Metric], Function], ...] = (
     (AttackSuccessRate, attack_success_rate),
     (AttackSuccessRateAll, attack_success_rate_all),
     (RobustAccuracy, robust_accuracy),
@@ -34,13 +35,14 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("metric_class", "function"), PAIRS)
 def test_batches_of_any_size_give_the_rate_of_all_images(
-    metric_class: type[Metric], function: object, batch: tuple[Tensor, Tensor, Tensor]
+    metric_class: type[Metric], function: Function, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    assert callable(function)
     metric = metric_class()
-    for preds, target, original in zip(*(tensor.split([1, 60, 40]) for tensor in batch), strict=True):
+    for preds, target, original in zip(*(torch.split(tensor, [1, 60, 40]) for tensor in batch), strict=True):
         # `forward` gives the rate of the batch and adds it to the state.
-        assert torch.equal(metric(preds, target, original), function(preds, target, original)) or original.numel() == 1
+        torch.testing.assert_close(
+            metric(preds, target, original), function(preds, target, original), rtol=0, atol=0, equal_nan=True
+        )
     assert torch.equal(metric.compute(), function(*batch))
 
 
@@ -49,7 +51,6 @@ def test_reset_forgets(metric_class: type[Metric], batch: tuple[Tensor, Tensor, 
     metric = metric_class()
     metric.update(*batch)
     metric.reset()
-    assert int(metric.successes) == int(metric.total) == 0
     labels = torch.tensor([1, 1])
     metric.update(labels, labels, torch.tensor([0, 0]))
     assert metric.compute().item() == (0.0 if metric_class is RobustAccuracy else 1.0)
@@ -57,9 +58,8 @@ def test_reset_forgets(metric_class: type[Metric], batch: tuple[Tensor, Tensor, 
 
 @pytest.mark.parametrize(("metric_class", "function"), PAIRS)
 def test_merged_metrics_give_the_rate_of_all_images(
-    metric_class: type[Metric], function: object, batch: tuple[Tensor, Tensor, Tensor]
+    metric_class: type[Metric], function: Function, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    assert callable(function)
     first, second = metric_class(), metric_class()
     first.update(*(tensor[:30] for tensor in batch))
     second.update(*(tensor[30:] for tensor in batch))
@@ -72,20 +72,22 @@ def test_attack_success_and_robust_accuracy_count_the_same_images(batch: tuple[T
     attack.update(*batch)
     robust.update(*batch)
     _, target, original = batch
-    assert int(attack.total) == int(robust.total) == int((target != original).sum())
+    assert int(attack.attacked_images) == int(robust.attacked_images) == int((target != original).sum())
 
 
 def test_a_collection_keeps_the_rates_apart(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    # Collections merge metrics whose states are equal after the first update.
+    # A collection updates metrics as one if their states are equal after the first update, as here: no image counts
+    # as a success of any of them.
     metrics = MetricCollection([metric_class() for metric_class in METRICS])
-    target_only = torch.zeros(3, dtype=torch.long)
-    metrics.update(target_only, target_only, target_only)
+    first = torch.full((3,), 2), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    metrics.update(*first)
     metrics.update(*batch)
     rates = metrics.compute()
-    alone = AttackSuccessRate()
-    alone.update(*batch)
-    assert torch.equal(rates["AttackSuccessRate"], alone.compute())
-    assert rates["RobustAccuracy"] != rates["AttackSuccessRate"]
+    for metric_class in METRICS:
+        alone = metric_class()
+        alone.update(*first)
+        alone.update(*batch)
+        assert torch.equal(rates[metric_class.__name__], alone.compute())
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
@@ -94,14 +96,6 @@ def test_no_image_counted_gives_nan(metric_class: type[Metric]) -> None:
     empty = torch.zeros(0, dtype=torch.long)
     metric.update(torch.zeros(0, 4), empty, empty)
     assert metric.compute().isnan()
-
-
-def test_half_precision_model_keeps_exact_counts() -> None:
-    # 2,049 is the first integer that float16 cannot hold.
-    metric = copy.deepcopy(AttackSuccessRate()).half()
-    target = torch.ones(2049, dtype=torch.long)
-    metric.update(target, target, torch.zeros_like(target))
-    assert int(metric.total) == 2049
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
@@ -131,13 +125,8 @@ def test_processes_sum_their_counts(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    # Of the ten images four are counted, and of these two are predicted as the target and two as themselves; the
-    # target is predicted for 3 of the first five and 4 of the last five. The own counts are back after `compute`.
-    own_counts = [{"AttackSuccessRate": 4, "AttackSuccessRateAll": 5, "RobustAccuracy": 4}] * 2
-    own_counts[1] = {"AttackSuccessRate": 0, "AttackSuccessRateAll": 5, "RobustAccuracy": 0}
-    rates = {"AttackSuccessRate": 2 / 4, "AttackSuccessRateAll": 7 / 10, "RobustAccuracy": 2 / 4}
+    # Four of the ten images are outside the target class; two of these are predicted as the target, two as themselves.
+    # The target is predicted for 3 of the first five images and 4 of the last five.
+    expected = {"AttackSuccessRate": 2 / 4, "AttackSuccessRateAll": 7 / 10, "RobustAccuracy": 2 / 4}
     for rank in range(2):
-        results = json.loads((tmp_path / f"{rank}.json").read_text())
-        for name, (rate, total) in results.items():
-            assert rate == pytest.approx(rates[name]), name
-            assert total == own_counts[rank][name], name
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import auto_cli
 from torch import Tensor
 
 from lightning_bd.triggers import SIG, BadNets, Blended, TensorSpec, Trigger, WaNet
@@ -24,7 +24,7 @@ FACTORIES: dict[str, Callable[[], Trigger]] = {
 }
 
 
-@pytest.fixture(params=FACTORIES.values(), ids=FACTORIES)
+@pytest.fixture(params=list(FACTORIES.values()), ids=list(FACTORIES))
 def trigger(request: pytest.FixtureRequest) -> Trigger:
     made = request.param()
     assert isinstance(made, Trigger)
@@ -94,7 +94,8 @@ def test_empty_batch(trigger: Trigger) -> None:
 
 
 def test_build_is_idempotent_and_bound_to_one_shape(trigger: Trigger) -> None:
-    assert trigger.image_shape is None
+    unbuilt = trigger.image_shape
+    assert unbuilt is None
     assert not trigger.state_dict()
     trigger.build(SHAPE)
     tensors = dict(trigger.named_buffers())
@@ -114,15 +115,14 @@ def test_hyperparameters_survive_json_and_rebuild_the_trigger(trigger: Trigger, 
 def test_state_dict_and_restore_give_the_same_bits(trigger: Trigger, images: Tensor) -> None:
     expected = trigger(images)
     # Values that cannot be computed again, to see that the saved ones are used.
-    saved = {name: tensor.flip(0) for name, tensor in trigger.state_dict().items()}
+    saved = {name: tensor * 0.5 for name, tensor in trigger.state_dict().items()}
     loaded, restored = _rebuilt(trigger), _rebuilt(trigger)
     loaded.build(SHAPE)
     loaded.load_state_dict(saved)
     restored.restore(SHAPE, saved)
     assert restored.image_shape == SHAPE
     assert torch.equal(loaded(images), restored(images))
-    # A solid patch flipped is the same patch.
-    assert "color=[" in repr(trigger) or not torch.equal(restored(images), expected)
+    assert not torch.equal(restored(images), expected)
     restored.restore(SHAPE, trigger.state_dict())
     assert torch.equal(restored(images), expected)
 
@@ -244,11 +244,11 @@ def test_default_dtype_and_device_do_not_reach_the_tensors(
     ],
 )
 def test_configs_are_parsed(config: dict[str, object], expected: Trigger) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--trigger", type=Trigger)
-    path = f"lightning_bd.triggers.{config['class_path']}"
-    parsed = parser.parse_object({"trigger": {**config, "class_path": path}})
-    made = parser.instantiate_classes(parsed).trigger
+    def chosen(trigger: Trigger) -> Trigger:
+        return trigger
+
+    full = {**config, "class_path": f"lightning_bd.triggers.{config['class_path']}"}
+    made = auto_cli(chosen, args=["--trigger", json.dumps(full)], as_positional=False)
     assert type(made) is type(expected)
     assert made.hyperparameters == expected.hyperparameters
 

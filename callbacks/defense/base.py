@@ -1,0 +1,114 @@
+"""What every defense gets, does and reports."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+__all__ = ("DefenderData", "Defense", "Report")
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class DefenderData:
+    """All that a defense may use: a little clean data.
+
+    Attributes:
+        train: Given the number of an epoch, yields its ``(image, label)`` batches on the model's device.
+        validation: Yields the held-out ``(image, label)`` batches; what a defense may select on.
+        num_classes: Number of classes.
+        epoch_limit: The run's cap on epochs, ``None`` for none.
+        show_progress: Whether to show progress bars.
+    """
+
+    train: Callable[[int], Pairs]
+    validation: Callable[[], Pairs]
+    num_classes: int
+    epoch_limit: int | None = None
+    show_progress: bool = False
+
+
+@dataclass
+class Report:
+    """What a defense did.
+
+    Attributes:
+        epochs: Epochs over the defender's training data that the purified model saw.
+        values: Named numbers, such as the chosen learning rate.
+        note: One sentence for the results table; empty if there is nothing to say.
+    """
+
+    epochs: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@runtime_checkable
+class _Defendable(Protocol):
+    """The datamodule of a defending phase."""
+
+    num_classes: int
+    epoch_limit: int | None
+
+    def batches(self, part: str, device: torch.device | str = "cpu", epoch: int = 0) -> Pairs: ...
+
+
+class Defense(Callback, ABC):
+    """Base of the defenses that change a model's weights before, or instead of, training.
+
+    Runs :meth:`purify` when a fit starts. With ``max_epochs: 0`` that is the whole defense. Every process computes
+    the same; the first one's weights are then sent to the others. Attack success is no input and never measured here.
+    """
+
+    def __init__(self) -> None:
+        self.report: Report | None = None
+
+    @abstractmethod
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        """Change ``model`` in place.
+
+        Args:
+            model: Maps images ``(B, C, H, W)`` in [0, 1] to logits; comes and leaves in the mode it was in.
+            data: The defender's clean data.
+
+        Returns:
+            What was done.
+        """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Purify the model, unless a checkpoint says that this was done before."""
+        if self.report is not None:
+            return
+        view = getattr(trainer, "datamodule", None)
+        if not isinstance(view, _Defendable):
+            raise MisconfigurationException(
+                f"{type(self).__name__} works on a DefenderView, the clean split that a defending phase gets: fit with "
+                "`datamodule=DefenderView(...)`, or call `purify(model, DefenderData(...))` yourself."
+            )
+        device = trainer.strategy.root_device
+        data = DefenderData(
+            train=lambda epoch: view.batches("train", device, epoch),
+            validation=lambda: view.batches("validation", device),
+            num_classes=view.num_classes,
+            epoch_limit=view.epoch_limit,
+            show_progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+        )
+        with trainer.precision_plugin.forward_context():
+            self.report = self.purify(pl_module, data)
+        if trainer.world_size > 1:
+            for tensor in pl_module.state_dict().values():
+                tensor.copy_(trainer.strategy.broadcast(tensor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the report, so that a resumed fit does not purify twice."""
+        return {} if self.report is None else {"report": asdict(self.report)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the report."""
+        self.report = Report(**state_dict["report"]) if state_dict else None

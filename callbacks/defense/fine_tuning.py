@@ -1,0 +1,116 @@
+"""Fine-tuning on clean data, with the learning rate chosen as a defender would."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from lightning_bd.callbacks.defense.base import DefenderData, Defense, Report
+
+__all__ = ("FineTuning",)
+
+
+class FineTuning(Defense):
+    """Trains the whole model on clean data (``ft``): SGD with a cosine schedule.
+
+    The learning rate decides how much of a backdoor is forgotten. A defender cannot see that, but can see clean
+    accuracy: of ``learning_rates`` the largest is taken whose clean *validation* accuracy drops by at most
+    ``max_drop``. If none qualifies the smallest is taken and the report says so. Give a single rate to fix it (the
+    `SBL <https://arxiv.org/abs/2407.14738>`_ protocol has 0.01).
+
+    Use it with ``max_epochs: 0``: it is the whole defense.
+
+    Args:
+        learning_rates: Candidates, each positive.
+        max_drop: Largest tolerated drop of the validation accuracy, in [0, 1]; 0.01 is one point.
+        max_epochs: Epochs per candidate; SBL: 50. The run's cap applies.
+        momentum: Momentum of SGD, in [0, 1).
+        weight_decay: Weight decay of SGD; SBL: 5e-4.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        learning_rates: Sequence[float] = (0.01, 0.02, 0.05, 0.1),
+        max_drop: float = 0.01,
+        max_epochs: int = 50,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__()
+        if not learning_rates or min(learning_rates) <= 0:
+            raise ValueError(f"Expected argument `learning_rates` to be positive numbers, but got {learning_rates}.")
+        if not 0 <= max_drop <= 1:
+            raise ValueError(f"Expected argument `max_drop` to be in [0, 1], but got {max_drop}.")
+        if max_epochs < 1:
+            raise ValueError(f"Expected argument `max_epochs` to be a positive integer, but got {max_epochs}.")
+        self.learning_rates = tuple(learning_rates)
+        self.max_drop = max_drop
+        self.max_epochs = max_epochs
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        """Fine-tune ``model`` in place with the largest learning rate that keeps the clean validation accuracy."""
+        epochs = self.max_epochs if data.epoch_limit is None else min(self.max_epochs, data.epoch_limit)
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        before = _accuracy(model, data)
+        for rate in sorted(self.learning_rates, reverse=True):
+            model.load_state_dict(start)
+            self._train(model, data, rate, epochs)
+            after = _accuracy(model, data)
+            if before - after <= self.max_drop:
+                break
+        values = {"learning_rate": rate, "validation_accuracy_before": before, "validation_accuracy": after}
+        note = f"lr {rate:g}"
+        if len(self.learning_rates) > 1 and before - after > self.max_drop:
+            note += f", validation accuracy fell by {before - after:.3f} at every rate"
+            warnings.warn(
+                f"Fine-tuning lost more than {self.max_drop:g} of clean accuracy at every rate.", stacklevel=2
+            )
+        return Report(epochs, values, note)
+
+    def _train(self, model: nn.Module, data: DefenderData, rate: float, epochs: int) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        with _mode(model, training=True):
+            for epoch in tqdm(range(epochs), f"fine-tuning, lr {rate:g}", disable=not data.show_progress, leave=False):
+                for images, labels in data.train(epoch):
+                    loss = F.cross_entropy(model(images), labels)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, data: DefenderData) -> float:
+    correct = total = 0
+    with _mode(model, training=False):
+        for images, labels in data.validation():
+            correct += int((model(images).argmax(1) == labels).sum())
+            total += len(labels)
+    if total == 0:
+        raise MisconfigurationException("The defender has no validation images: give the phase a larger split.")
+    return correct / total
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Switch the whole model to training or evaluation, and every module back to what it was."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

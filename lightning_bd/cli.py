@@ -1,0 +1,111 @@
+"""The command line: Lightning's, with shipped configs by name and readable errors."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_bd.classifier import BackdoorClassifier
+from lightning_bd.config_files import ConfigError, expand_configs
+from lightning_bd.phase_callbacks import NonFiniteLossError
+from lightning_bd.phases import MultiPhaseTrainer
+
+__all__ = ("BackdoorCLI", "main")
+
+_LONGEST_VALUE = 200
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser with errors that fit on a screen."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error without the values that it dumps, and leave with status 2."""
+        lines = [line for line in str(message).splitlines() if len(line) <= _LONGEST_VALUE or "Given value" not in line]
+        sys.stderr.write("error: " + "\n".join(lines) + "\n")
+        sys.stderr.write(f"Options and their meaning: {self.prog} --help\n")
+        raise SystemExit(2) from ex
+
+
+class BackdoorCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for a :class:`BackdoorClassifier` and any image datamodule."""
+
+    def init_parser(self, **kwargs: object) -> LightningArgumentParser:
+        """Make the parser of the command or of a subcommand."""
+        parser = _Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="A shipped config's name or the path of a YAML file."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the command and not to model, data or trainer."""
+        parser.add_argument("--fresh", action="store_true", help="Start over: rename the run's old folder.")
+        parser.add_argument(
+            "--override_trigger",
+            "--override-trigger",
+            action="store_true",
+            help="Evaluate a checkpoint with the config's trigger although it was trained with another.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
+        """Parse the arguments, with the configs found and merged."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.config = parser.parse_args(expand_configs(sys.argv[1:] if args is None else args, Path(folder)))
+
+    def instantiate_trainer(self, **kwargs: object) -> MultiPhaseTrainer:
+        """Make the trainer and hand it what only the command line knows."""
+        trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, MultiPhaseTrainer)
+        subcommand = str(self.subcommand)
+        config: Namespace = self.config[subcommand]
+        trainer.fresh = bool(config.get("fresh"))
+        trainer.override_trigger = bool(config.get("override_trigger"))
+        trainer.resolved_config = self._parser(subcommand).dump(config, skip_none=False)
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would merge the checkpoint's hyperparameters over the command line. Ours come from the config, and
+        # the file is read where it is checked: in MultiPhaseTrainer.
+        return
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning-bd``.
+
+    Args:
+        args: The arguments; ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: With status 2 and a message if an argument, a file or the situation does not fit, 1 if training
+            failed.
+    """
+    try:
+        BackdoorCLI(
+            BackdoorClassifier,
+            LightningDataModule,
+            trainer_class=MultiPhaseTrainer,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except (MisconfigurationException, ValueError, FileNotFoundError) as error:
+        _fail(error, 2)
+    except NonFiniteLossError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    if os.environ.get("LIGHTNING_BD_TRACEBACK"):
+        raise error
+    expected = isinstance(error, MisconfigurationException | ConfigError | NonFiniteLossError)
+    hint = "" if expected else "\n(LIGHTNING_BD_TRACEBACK=1 shows where.)"
+    sys.stderr.write(f"error: {error}{hint}\n")
+    raise SystemExit(status) from None

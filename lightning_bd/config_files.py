@@ -1,0 +1,149 @@
+"""Configs: found by name, read strictly, merged by the names of their phases."""
+
+import copy
+import difflib
+import re
+from collections.abc import Hashable
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_bd.phase import Phase
+
+__all__ = ("ConfigError", "expand_configs", "find_config", "read_config", "shipped_configs")
+
+
+class ConfigError(ValueError):
+    """A config cannot be found or read."""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with the library, by name."""
+    folder = Path(str(resources.files("lightning_bd.configs")))
+    return {
+        str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a config.
+
+    Args:
+        name: A path, or the name of a shipped config.
+
+    Raises:
+        ConfigError: If there is neither; the message lists what is shipped.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    close = difflib.get_close_matches(name, shipped, n=1)
+    guess = f" Did you mean `{close[0]}`?" if close else ""
+    raise ConfigError(f"There is no config `{name}`: no such file, and shipped are {', '.join(shipped)}.{guess}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML config; a key that is given twice is an error, and so is a phase's unknown option.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: If it is not YAML, not a mapping, or has a repeated or unknown key.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            config = yaml.load(file, _UniqueKeyLoader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Cannot read the config {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"The config {path} is not a mapping.")
+    _check_phases(config, path)
+    return config
+
+
+def expand_configs(args: list[str], folder: Path) -> list[str]:
+    """Replace the command line's configs, by name or path, by their merged content.
+
+    Mappings are merged key by key, phases by their names; lists and other values of a later config replace those of
+    an earlier one. The run's folder is ``runs/<name of the first config>`` unless a config or the command line says.
+
+    Args:
+        args: Arguments of ``lightning-bd``.
+        folder: Where the merged config is written.
+
+    Returns:
+        The arguments with one ``--config``.
+    """
+    names, rest = [], []
+    remaining = iter(args)
+    for argument in remaining:
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            names.append(value if equals else next(remaining, ""))
+        else:
+            rest.append(argument)
+    if not names:
+        return rest
+    paths = [find_config(name) for name in names]
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _merge(merged, read_config(path))
+    merged.setdefault("trainer", {}).setdefault("default_root_dir", str(Path("runs") / paths[0].stem))
+    subcommand, *others = rest if rest else [""]
+    if subcommand.startswith("-"):
+        raise ConfigError(f"The subcommand comes first: lightning-bd fit --config {names[0]} ...")
+    file = folder / f"{paths[0].stem}.yaml"
+    file.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+    return [subcommand, f"--config={file}", *others]
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(base)
+    if "class_path" in update and update["class_path"] != base.get("class_path"):
+        # Another class has other arguments.
+        merged.pop("init_args", None)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _check_phases(config: dict[str, Any], path: Path) -> None:
+    phases = (config.get("trainer") or {}).get("phases") or {}
+    if not isinstance(phases, dict):
+        raise ConfigError(f"{path}: `trainer.phases` must map names to phases, so that overrides can name them.")
+    known = [field.name for field in fields(Phase)]
+    for name, phase in phases.items():
+        if not isinstance(phase, dict):
+            raise ConfigError(f"Phase `{name}` in {path}: expected options such as `max_epochs`, but got {phase!r}.")
+        for option in phase:
+            if option not in known:
+                close = difflib.get_close_matches(str(option), known, n=1)
+                guess = f" Did you mean `{close[0]}`?" if close else f" Known are {', '.join(known)}."
+                raise ConfigError(f"Phase `{name}` in {path}: there is no option `{option}`.{guess}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for number, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` is given twice", key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML reads 1e-3 as a string, YAML 1.2 as a number.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)

@@ -1,0 +1,211 @@
+"""What every phase's Trainer carries besides the user's callbacks."""
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from lightning_bd import __version__
+from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.datamodules import ImageDataModule
+from lightning_bd.datamodules.rendering import to_float
+from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.manifest import PoisonManifest
+
+__all__ = ("ElapsedTime", "NonFiniteLossError", "RunRecord", "SeedEachBatch", "StopOnNonFiniteLoss", "TriggerPreview")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became infinite or not a number."""
+
+
+class SeedEachBatch(Callback):
+    """Seeds the global random state before each batch by (seed, phase, batch, rank).
+
+    A model's own draws, dropout for one, are then the same in a run that was cut and resumed. Seeding at the start of
+    an epoch is not enough: on a resume that hook comes after the first batch was made.
+
+    Args:
+        seed: The run's seed.
+        phase: Name of the phase.
+    """
+
+    def __init__(self, seed: int, phase: str) -> None:
+        self.seed = seed
+        self.phase = phase
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:  # noqa: ARG002
+        """Seed torch, NumPy and Python."""
+        seed = keyed_seed(self.seed, self.phase, "batch", trainer.fit_loop.total_batch_idx, trainer.global_rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+
+
+class StopOnNonFiniteLoss(Callback):
+    """Ends a phase whose loss is no longer a number, naming the step, before a checkpoint of it is written.
+
+    On the CPU each step is looked at. On an accelerator that would wait for the device at each step: the first bad
+    step is noted there and read every ``interval`` steps and at the end of an epoch.
+
+    Args:
+        phase: Name of the phase, for the message.
+        last_checkpoint: The phase's last good checkpoint, for the message.
+        interval: Steps between two looks on an accelerator.
+    """
+
+    def __init__(self, phase: str, last_checkpoint: Path, interval: int = 50) -> None:
+        self.phase = phase
+        self.last_checkpoint = last_checkpoint
+        self.interval = interval
+        self._first_bad: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int  # noqa: ARG002
+    ) -> None:
+        """Look at the loss of this step."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if not isinstance(loss, Tensor):
+            return
+        step = trainer.fit_loop.total_batch_idx
+        if loss.device.type == "cpu":
+            if not math.isfinite(loss.item()):
+                self._stop(trainer, step)
+            return
+        if self._first_bad is None:
+            self._first_bad = torch.full((), torch.inf, device=loss.device)
+        bad = torch.where(torch.isfinite(loss.detach()), torch.inf, float(step))
+        self._first_bad = torch.minimum(self._first_bad, bad)
+        if (step + 1) % self.interval == 0:
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Look before the epoch's checkpoint is written."""
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        if self._first_bad is not None and math.isfinite(step := self._first_bad.item()):
+            self._stop(trainer, int(step))
+
+    def _stop(self, trainer: Trainer, step: int) -> None:
+        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint.is_file() else (
+            "no epoch was complete, so there is no checkpoint of this phase"
+        )
+        raise NonFiniteLossError(
+            f"Phase `{self.phase}`: the loss is not finite at step {step} (epoch {trainer.current_epoch}); {kept}. "
+            "Lower the learning rate, or set the phase's `trainer: {gradient_clip_val: 1.0}`."
+        )
+
+
+class ElapsedTime(Callback):
+    """Counts the seconds of a fit, over all its attempts."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._start: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._before + (0.0 if self._start is None else time.perf_counter() - self._start)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Stop the clock."""
+        self._before, self._start = self.seconds, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the seconds of the earlier attempt."""
+        self._before = state_dict["seconds"]
+
+
+class RunRecord(Callback):
+    """Puts manifest and config into each checkpoint, and refuses to resume with another number of processes.
+
+    Args:
+        phase: Name of the phase.
+        manifest: The poison's record; ``None`` without a poison.
+        config: The resolved config as YAML.
+    """
+
+    def __init__(self, phase: str, manifest: PoisonManifest | None, config: str | None) -> None:
+        self.phase = phase
+        self.manifest = manifest
+        self.config = config
+
+    def content(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint: tensors and plain values."""
+        return {
+            "version": __version__,
+            "lightning": lightning.__version__,
+            "phase": self.phase,
+            "config": self.config,
+            "manifest": None if self.manifest is None else self.manifest.plain(),
+            "tensors": {} if self.manifest is None else dict(self.manifest.tensors),
+        }
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Add the record."""
+        checkpoint[RECORD_KEY] = {**self.content(), "processes": trainer.world_size}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Refuse a checkpoint of another number of processes: its epochs were cut up differently."""
+        processes = checkpoint.get(RECORD_KEY, {}).get("processes", trainer.world_size)
+        if processes != trainer.world_size:
+            raise MisconfigurationException(
+                f"Phase `{self.phase}` was cut while it ran on {processes} processes and cannot go on with "
+                f"{trainer.world_size}: the batches would differ. Use the same number, or `--fresh`."
+            )
+
+
+class TriggerPreview(Callback):
+    """Shows clean images above their triggered versions: ``trigger.png`` in the run's folder, and in TensorBoard.
+
+    Args:
+        datamodule: Where images and poison come from.
+        folder: The run's folder.
+        count: Images to show.
+    """
+
+    def __init__(self, datamodule: ImageDataModule, folder: Path, count: int = 8) -> None:
+        self.datamodule = datamodule
+        self.file = folder / "trigger.png"
+        self.count = count
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Draw the grid, once per run."""
+        poison = self.datamodule.poison
+        if poison is None or not trainer.is_global_zero or self.file.is_file():
+            return
+        images = self.datamodule.test_images
+        victims = poison.victims(images.labels).nonzero().flatten()
+        chosen = victims[torch.linspace(0, len(victims) - 1, min(self.count, len(victims))).long()]
+        clean = to_float(images.read(chosen))
+        triggered = poison.trigger.to("cpu")(clean)
+        residual = (triggered - clean).abs()
+        residual = residual / residual.max().clamp(min=1e-6)
+        scale = max(1, 96 // clean.shape[2])
+        rows = torch.cat([clean, triggered, residual])
+        rows = rows.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+        grid = make_grid(rows, nrow=len(chosen), padding=4, pad_value=1.0)
+        save_image(grid, self.file)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("trigger (clean, triggered, difference)", grid, 0)

@@ -1,0 +1,156 @@
+"""What a run leaves on disk, and how the same command finds its place in it again."""
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_bd.description import Description, differences
+
+__all__ = ("PhaseFolder", "PhaseResult", "RunFolder")
+
+
+@dataclass
+class PhaseResult:
+    """One row of ``results.csv``.
+
+    Attributes:
+        phase: Name of the phase.
+        start_from: The phase whose model it started from, or ``init``.
+        clean_accuracy: On the clean test set, in [0, 1].
+        attack_success_rate: On triggered test images of other classes, in [0, 1]; ``None`` without a poison.
+        robust_accuracy: Triggered images predicted as their original label, in [0, 1]; ``None`` without a poison.
+        epochs: Epochs trained, those of a defense included.
+        seconds: Time in training, all attempts together.
+        steps: Optimizer steps from ``init`` to the end of this phase.
+        note: What a defense has to say.
+    """
+
+    phase: str
+    start_from: str
+    clean_accuracy: float | None
+    attack_success_rate: float | None
+    robust_accuracy: float | None
+    epochs: int
+    seconds: float
+    steps: int
+    note: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class PhaseFolder:
+    """The folder of one phase: ``checkpoints/last.ckpt``, ``final.ckpt``, logs, and ``result.json`` when finished.
+
+    Args:
+        path: The folder; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.final = path / "final.ckpt"
+
+    def result(self) -> PhaseResult | None:
+        """Return the phase's result, ``None`` if it has not finished."""
+        file = self.path / "result.json"
+        return PhaseResult(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def finish(self, result: PhaseResult) -> None:
+        """Write the result; from now on the phase counts as finished."""
+        write_text_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+        self.last.unlink(missing_ok=True)
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Args:
+        root: The folder; need not exist.
+        phases: Names of the run's phases, in order.
+    """
+
+    def __init__(self, root: Path, phases: Sequence[str]) -> None:
+        self.root = root
+        self.initial = root / "init.ckpt"
+        self._phases = list(phases)
+
+    def phase(self, name: str) -> PhaseFolder:
+        """Return the folder of a phase: ``NN_name``; the number is the phase's place when it first ran."""
+        existing = sorted(path for path in self.root.glob(f"[0-9][0-9]_{name}") if path.is_dir())
+        return PhaseFolder(existing[0] if existing else self.root / f"{self._phases.index(name):02d}_{name}")
+
+    def results(self) -> list[PhaseResult]:
+        """Return the results of the finished phases, in order."""
+        found = (self.phase(name).result() for name in self._phases)
+        return [result for result in found if result is not None]
+
+    def open(self, run: Description, phases: Mapping[str, Description]) -> None:
+        """Make the folder, or check that it belongs to this run.
+
+        Args:
+            run: Model, data and seed.
+            phases: Each phase's own description.
+
+        Raises:
+            MisconfigurationException: If the folder was made by another model, data or seed, or a phase in it has
+                another configuration; the message says what differs.
+        """
+        for file, now, what in [(self.root / "run.json", run, "this run")] + [
+            (self.phase(name).path / "phase.json", phases[name], f"phase `{name}`") for name in self._phases
+        ]:
+            if not file.is_file():
+                continue
+            before = json.loads(file.read_text(encoding="utf-8"))
+            found = differences(before, now)
+            if found:
+                shown = "".join(f"\n  {line}" for line in found[:10])
+                raise MisconfigurationException(
+                    f"The folder {self.root} was made with another configuration of {what}:{shown}\n"
+                    "Give another `trainer.default_root_dir`, or start over with `--fresh` (the old folder is renamed)."
+                )
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.root / "run.json", json.dumps(run, indent=2) + "\n")
+
+    def start_phase(self, name: str, description: Description) -> PhaseFolder:
+        """Make a phase's folder and note the phase's configuration in it."""
+        folder = self.phase(name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder.path / "phase.json", json.dumps(description, indent=2) + "\n")
+        return folder
+
+    def rename_old(self) -> Path | None:
+        """Move an existing folder aside; return its new name."""
+        if not self.root.exists():
+            return None
+        stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+        target = self.root.with_name(f"{self.root.name}.old-{stamp}")
+        self.root.rename(target)
+        return target
+
+    def write_results(self) -> None:
+        """Write ``results.csv`` from the finished phases."""
+        columns = [name for name in PhaseResult.__dataclass_fields__ if name != "values"]
+        rows = [asdict(result) for result in self.results()]
+        with tempfile.NamedTemporaryFile("w", dir=self.root, delete=False, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        Path(file.name).replace(self.root / "results.csv")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that it is either the old one or the whole new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
