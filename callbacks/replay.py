@@ -126,7 +126,7 @@ class StepReplay:
             optimizer: The optimizer whose step was recorded.
 
         Returns:
-            False if ``training_step`` returned None for a batch that had given a loss before; ``.grad`` is then useless.
+            Whether every batch gave a loss again; if one gave None, ``.grad`` is useless.
 
         Raises:
             RuntimeError: If that happens in distributed training, where the other processes would wait forever.

@@ -3,12 +3,11 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_bd.batch import BatchContext, PoisonMode, RawBatch, Sample
@@ -20,7 +19,7 @@ from lightning_bd.datamodules.splits import stratified_splits, stratified_subset
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.poisoning import Poison
 
-__all__ = ("DiskDataModule", "ImageDataModule", "PhaseData")
+__all__ = ("ImageDataModule", "PhaseData")
 
 #: Sets that decode to less than this many bytes are held in memory.
 MEMORY_LIMIT = 2 * 1024**3
@@ -104,6 +103,7 @@ class ImageDataModule(LightningDataModule):
         self._test: ImageSet | None = None
         self._positions: dict[str, Tensor] = {}
         self._static: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._source: ImageSet | None = None
         self._fingerprint: str | None = None
 
     def load(self, train: bool) -> ImageSet:
@@ -120,6 +120,7 @@ class ImageDataModule(LightningDataModule):
         self._positions = stratified_splits(train.labels, self.splits, self.split_seed)
         if self.poison is not None:
             self.poison.prepare(train.image_shape, len(train.class_names))
+        self._source = train
         self._train, self._test = self._held(train), self._held(self.load(train=False))
 
     @property
@@ -161,9 +162,11 @@ class ImageDataModule(LightningDataModule):
         self._static.clear()
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 hex digest of the training set, computed once."""
+        """Return the SHA-256 hex digest of the training set, computed once; ``in_memory`` does not change it."""
+        self.setup()
         if self._fingerprint is None:
-            self._fingerprint = self.train_images.fingerprint()
+            assert self._source is not None
+            self._fingerprint = self._source.fingerprint()
         return self._fingerprint
 
     def positions(self, splits: tuple[str, ...]) -> Tensor:
@@ -307,12 +310,12 @@ class ImageDataModule(LightningDataModule):
         return Place() if trainer is None else Place(trainer.current_epoch, trainer.global_rank, trainer.world_size)
 
     def _check_phase(self, phase: PhaseData) -> None:
-        labels = self.train_images.labels[self.positions(phase.splits)]
+        positions = self.positions(phase.splits)
         if phase.poison is None:
             return
         if self.poison is None:
             raise MisconfigurationException(f"Phase `{phase.name}` is poisoned, but `data.poison` is not set.")
-        self.poison.check_not_empty(labels, "+".join(phase.splits) or "all")
+        self.poison.check_not_empty(self.train_images.labels[positions], positions, "+".join(phase.splits) or "all")
 
     def _static_positions(self, phase: PhaseData) -> tuple[Tensor, Tensor]:
         assert self.poison is not None
@@ -342,9 +345,7 @@ class ImageDataModule(LightningDataModule):
             victims = positions[self.poison.victims(images.labels[positions])]
             if len(victims) == 0:
                 raise ValueError(f"Expected {name} images that the attack aims at, but the poison has no victim there.")
-            loaders.append(
-                self._loader(images, victims, BatchContext(name, "all", self.poison.mode), self.batch_size)
-            )
+            loaders.append(self._loader(images, victims, BatchContext(name, "all", self.poison.mode), self.batch_size))
         return loaders
 
     def _loader(self, images: ImageSet, positions: Tensor, context: BatchContext, batch_size: int) -> BatchLoader:
@@ -360,50 +361,3 @@ class ImageDataModule(LightningDataModule):
             place=self._place,
             num_workers=self.num_workers,
         )
-
-
-class DiskDataModule(ImageDataModule):
-    """Base of the datamodules that read a data set from a folder.
-
-    Args:
-        root: Folder that holds the data set.
-        image_size: Height and width; images of another size are resized. ``None``: the data set's usual size.
-        download: Fetch the data set into ``root`` if it is missing, where its source offers that.
-        poison: See :class:`ImageDataModule`, as all further arguments.
-        splits: Share of the training set per named split.
-        batch_size: Images per batch and process.
-        subset: Use only this many training images, classes in proportion.
-        augment: ``"none"``, ``"crop"`` or ``"crop_flip"``.
-        batch_format: ``"sample"`` or ``"pair"``.
-        split_seed: Seed of splits and subset.
-        seed: Seed of order, augmentation and dynamic poison.
-        num_workers: Processes that decode images which are too large for memory.
-        in_memory: Decode all images once, or as batches need them; ``None`` decides by size.
-    """
-
-    default_image_size: ClassVar[int] = 32
-
-    def __init__(
-        self,
-        root: Path = Path("data"),
-        image_size: int | None = None,
-        download: bool = False,
-        poison: Poison | None = None,
-        splits: dict[str, float] | None = None,
-        batch_size: int = 128,
-        subset: int | None = None,
-        augment: Augment | None = None,
-        batch_format: Literal["sample", "pair"] = "sample",
-        split_seed: int = 0,
-        seed: int | None = None,
-        num_workers: int = 0,
-        in_memory: bool | None = None,
-    ) -> None:
-        super().__init__(
-            poison, splits, batch_size, subset, augment, batch_format, split_seed, seed, num_workers, in_memory
-        )
-        if image_size is not None and image_size < 1:
-            raise ValueError(f"Expected argument `image_size` to be a positive integer, but got {image_size}.")
-        self.root = Path(root)
-        self.image_size = image_size or self.default_image_size
-        self.download = download

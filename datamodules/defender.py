@@ -66,9 +66,7 @@ class DefenderView(LightningDataModule):
         """Return the validation part, in order, as it is."""
         return self._loader("validation")
 
-    def batches(
-        self, part: str, device: torch.device | str = "cpu", epoch: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, part: str, device: torch.device | str = "cpu", epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one epoch of finished ``(image, label)`` batches, the same on every process.
 
         Args:

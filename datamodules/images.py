@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ("FileImages", "ImageSet", "TensorImages", "read_image")
+__all__ = ("FileImages", "ImageSet", "TensorImages", "read_image", "resize")
 
 
 class ImageSet(ABC):
@@ -168,6 +169,29 @@ def read_image(path: Path, size: int) -> Tensor:
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize a whole set of stored images (bilinear, antialiased).
+
+    Args:
+        images: ``(N, C, H, W)`` uint8.
+        size: Height and width of the result.
+
+    Returns:
+        ``(N, C, size, size)`` uint8; ``images`` itself if they have that size.
+
+    Example:
+        >>> resize(torch.full((2, 3, 32, 32), 7, dtype=torch.uint8), 8).unique()
+        tensor([7], dtype=torch.uint8)
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    resized = images.new_empty((*images.shape[:2], size, size))
+    # In parts: the interpolation needs room for intermediate results.
+    for part, target in zip(torch.split(images, 1024), torch.split(resized, 1024), strict=True):
+        target.copy_(F.interpolate(part, size=(size, size), mode="bilinear", antialias=True))
+    return resized
 
 
 def _checked_labels(labels: Tensor, count: int, class_names: Sequence[str]) -> Tensor:

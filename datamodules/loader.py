@@ -1,5 +1,6 @@
 """Loaders that draw every random decision on the CPU, keyed by what it is for."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -95,7 +96,7 @@ class BatchLoader:
         if not self.context.train:
             # No process may be left with an empty batch, so the smallest share bounds the number: with batches of one
             # image, a process that has one image more gets one batch of two.
-            return min(-(-(-(-len(self.positions) // world_size)) // self.batch_size), share)
+            return min(math.ceil(math.ceil(len(self.positions) / world_size) / self.batch_size), share)
         full, rest = divmod(share, self.batch_size)
         # BatchNorm cannot train on one image: a last batch of a single image is left out of its epoch.
         leave_out = rest == 1 and full > 0
@@ -117,7 +118,7 @@ class BatchLoader:
         )
         share = len(order) // place.world_size
         mine = self.positions[order[: share * place.world_size][place.rank :: place.world_size]]
-        return list(mine.split(self.batch_size))[: len(self)]
+        return list(torch.split(mine, self.batch_size))[: len(self)]
 
     def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
         if self.num_workers == 0:

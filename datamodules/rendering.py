@@ -64,7 +64,7 @@ def _change(images: Tensor, raw: RawBatch, trigger: Trigger) -> Tensor:
     if raw.cover_rows is not None and len(raw.cover_rows):
         covered = _as_float(images.index_select(0, raw.cover_rows))
         # A fixed cover (static) has a seed per image, whatever batch it is in; a dynamic one has a seed per batch.
-        chunks = covered.split(1) if raw.context.mode == "static" else (covered,)
+        chunks = torch.split(covered, 1) if raw.context.mode == "static" else (covered,)
         rows.append(raw.cover_rows)
         parts += [
             _stored(trigger.cover(chunk, torch.Generator().manual_seed(seed)), images.dtype)

@@ -22,13 +22,16 @@ def stratified_splits(labels: Tensor, fractions: Mapping[str, float], seed: int 
         Sorted positions per split.
 
     Raises:
-        ValueError: If a share is outside (0, 1], the shares sum to more than 1, or a split gets no image of a class.
+        ValueError: If there is no split, a share is outside (0, 1], the shares sum to more than 1, or a split gets no
+            image of a class.
 
     Example:
         >>> splits = stratified_splits(torch.arange(20) % 2, {"inject": 0.8, "defend": 0.2})
         >>> [len(part) for part in splits.values()]
         [16, 4]
     """
+    if not fractions:
+        raise ValueError("Expected `splits` to name at least one split, but got none.")
     for name, fraction in fractions.items():
         if not 0 < fraction <= 1:
             raise ValueError(f"Expected split `{name}` to be a share in (0, 1], but got {fraction}.")
@@ -36,7 +39,7 @@ def stratified_splits(labels: Tensor, fractions: Mapping[str, float], seed: int 
     if total > 1 + 1e-9:
         raise ValueError(f"Expected `splits` to sum to at most 1, but got {total:g}: {dict(fractions)}.")
     parts: dict[str, list[Tensor]] = {name: [] for name in fractions}
-    for label in labels.unique().tolist():
+    for label in labels.bincount().nonzero().flatten().tolist():
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=keyed_generator(seed, "split", label))]
         share = 0.0
@@ -78,7 +81,7 @@ def stratified_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:
     order = torch.randperm(len(labels), generator=keyed_generator(seed, "subset"))
     shuffled = labels[order]
     rank = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique().tolist():
+    for label in labels.bincount().nonzero().flatten().tolist():
         members = (shuffled == label).nonzero().flatten()
         rank[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
     return order[rank.argsort(stable=True)[:size]].sort().values

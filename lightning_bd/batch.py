@@ -1,7 +1,8 @@
 """What travels from a loader to the model: raw batches with their draws, and finished samples."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
     label: Tensor
     is_poisoned: Tensor
     original_label: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,18 @@ class RawBatch:
         device = torch.device(device)
         if self.images.device == device:
             return self
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "RawBatch":
         """Return the batch with its tensors in page-locked memory."""
-        pinned = {
-            field.name: value.pin_memory()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._mapped(lambda tensor: tensor.pin_memory())
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "RawBatch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = change(value)
+        return RawBatch(**values)

@@ -175,6 +175,7 @@ class BackdoorClassifier(LightningModule):
 
     def _log(self, metrics: MetricCollection) -> None:
         updated = {name: metric for name, metric in metrics.items() if metric.update_called}
-        self.log_dict({name: metric.compute() for name, metric in updated.items()}, prog_bar=True)
+        # `compute` has combined the processes already; Lightning warns unless it may do so again.
+        self.log_dict({name: metric.compute() for name, metric in updated.items()}, prog_bar=True, sync_dist=True)
         for metric in updated.values():
             metric.reset()

@@ -76,6 +76,7 @@ class AllToAll(LabelMap):
 
     def validate(self, num_classes: int) -> None:
         """Raise ``ValueError`` if every label would stay as it is."""
+        _check_integer("shift", self.shift)
         if self.shift % num_classes == 0:
             raise ValueError(
                 f"Expected argument `shift` not to be a multiple of the {num_classes} classes, but got {self.shift}."
@@ -126,6 +127,12 @@ class SourceSpecific(LabelMap):
         return {"sources": self.source_classes, "target": self.target}
 
 
+def _check_integer(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
+
+
 def _check_class(name: str, value: int, num_classes: int) -> None:
+    _check_integer(name, value)
     if not 0 <= value < num_classes:
         raise ValueError(f"Expected argument `{name}` to be a class in [0, {num_classes}), but got {value}.")

@@ -1,10 +1,11 @@
 """The record of a poison: enough to trigger a model again, years later, without trusting the file."""
 
+import copy
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -66,11 +67,18 @@ class PoisonManifest:
         """
         assert poison.trigger.image_shape is not None, "the poison must be prepared first"
         tensors = {f"trigger.{k}": v.detach().cpu().clone() for k, v in poison.trigger.state_dict().items()}
-        tensors |= {f"indices.{phase}": chosen for phase, chosen in (indices or {}).items()}
+        # Copies: phases may share one set of indices, and safetensors refuses shared memory.
+        tensors |= {f"indices.{phase}": chosen.clone() for phase, chosen in (indices or {}).items()}
         return cls(
-            trigger={"class": type(poison.trigger).__qualname__, "arguments": dict(poison.trigger.hyperparameters)},
+            trigger={
+                "class": type(poison.trigger).__qualname__,
+                "arguments": cast(dict[str, Plain], poison.trigger.hyperparameters),
+            },
             image_shape=poison.trigger.image_shape,
-            label_map={"class": type(poison.label_map).__qualname__, "arguments": dict(poison.label_map.describe())},
+            label_map={
+                "class": type(poison.label_map).__qualname__,
+                "arguments": cast(dict[str, Plain], poison.label_map.describe()),
+            },
             rate=poison.rate,
             mode=poison.mode,
             clean_label=poison.clean_label,
@@ -82,23 +90,30 @@ class PoisonManifest:
 
     def plain(self) -> dict[str, Plain]:
         """Return everything but the tensors as plain values."""
-        values = asdict(self)
-        values.pop("tensors")
-        values["image_shape"] = list(self.image_shape)
-        return values
+        values = {name: getattr(self, name) for name in _CHECKS}
+        return copy.deepcopy(values) | {"image_shape": list(self.image_shape)}
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Plain], tensors: dict[str, Tensor]) -> "PoisonManifest":
         """Rebuild a manifest from :meth:`plain` and its tensors.
 
         Raises:
-            ValueError: If a field is missing.
+            ValueError: If a field is missing or is not what :meth:`plain` writes; the message names it. What a trigger
+                makes of its arguments and tensors is checked by :meth:`build_trigger`.
         """
-        try:
-            fields = {name: values[name] for name in cls.__dataclass_fields__ if name != "tensors"}
-        except KeyError as error:
-            raise ValueError(f"The poison manifest lacks the field {error}.") from None
-        fields["image_shape"] = tuple(fields["image_shape"])  # type: ignore[arg-type]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"Expected the poison manifest to be a mapping, but got a {type(values).__name__}.")
+        for name, (expected, is_right) in _CHECKS.items():
+            if name not in values:
+                raise ValueError(f"The poison manifest lacks the field '{name}'.")
+            if not is_right(values[name]):
+                raise ValueError(f"Expected the poison manifest's `{name}` to be {expected}, but got {values[name]!r}.")
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        ):
+            raise ValueError("Expected the poison manifest's tensors to be a mapping of names to tensors.")
+        fields = {name: values[name] for name in _CHECKS}
+        fields["image_shape"] = tuple(fields["image_shape"])  # type: ignore[arg-type, assignment]
         return cls(**fields, tensors=tensors)  # type: ignore[arg-type]
 
     def save(self, folder: Path) -> None:
@@ -116,7 +131,8 @@ class PoisonManifest:
         try:
             values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             return cls.from_plain(values, load_file(folder / "manifest.safetensors"))
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        # ValueError: broken JSON, broken UTF-8 or a wrong field.
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise ValueError(f"Cannot read the poison manifest in {folder}: {error}") from error
 
     def build_trigger(self, known: type[Trigger] | None = None) -> Trigger:
@@ -132,30 +148,37 @@ class PoisonManifest:
         """
         name, arguments = self.trigger["class"], self.trigger["arguments"]
         choices = {cls.__qualname__: cls for cls in (known,) if cls is not None}
-        choices |= {n: getattr(triggers, n) for n in triggers.__all__ if n != "Trigger"}
+        offered = {name: getattr(triggers, name) for name in triggers.__all__}
+        choices |= {n: cls for n, cls in offered.items() if issubclass(cls, Trigger) and cls is not Trigger}
         if not isinstance(name, str) or name not in choices or not isinstance(arguments, dict):
             raise ValueError(
                 f"The manifest's trigger {name!r} is not one of lightning_bd.triggers ({', '.join(choices)}). "
                 "Give a config whose `data.poison.trigger` is that class."
             )
-        trigger: Trigger = choices[name](**arguments)
         prefix = "trigger."
-        trigger.restore(
-            self.image_shape, {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
-        )
+        tensors = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        try:
+            trigger: Trigger = choices[name](**arguments)
+            trigger.restore(self.image_shape, tensors)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"The manifest's trigger {name} cannot be built: {error}") from error
         return trigger
 
     def build_label_map(self) -> LabelMap:
         """Rebuild the label map.
 
         Raises:
-            ValueError: If it is not one of ``lightning_bd.label_maps``.
+            ValueError: If it is not one of ``lightning_bd.label_maps`` or does not fit the data set's classes.
         """
         name, arguments = self.label_map["class"], self.label_map["arguments"]
         choices = [n for n in label_maps.__all__ if n != "LabelMap"]
         if name not in choices or not isinstance(arguments, dict):
             raise ValueError(f"The manifest's label map {name!r} is not one of {', '.join(choices)}.")
-        rule: LabelMap = getattr(label_maps, str(name))(**arguments)
+        try:
+            rule: LabelMap = getattr(label_maps, str(name))(**arguments)
+            rule.validate(int(self.dataset["classes"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The manifest's label map {name} cannot be built: {error}") from error
         return rule
 
     def differences(self, other: "PoisonManifest") -> list[str]:
@@ -172,3 +195,39 @@ class PoisonManifest:
                 if mine is None or theirs is None or not torch.equal(mine, theirs):
                     found.append(f"{key}: the pixels differ")
         return found
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_integer(side) and side > 0 for side in value)
+
+
+def _is_recipe(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("class"), str) and isinstance(value.get("arguments"), dict)
+
+
+def _is_dataset(value: object) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(item, str | int) for item in value.values()):
+        return False
+    return _is_integer(value.get("classes")) and value["classes"] > 0
+
+
+#: Per field: what it must be, in words and as a test. A file is not trusted before these hold.
+_CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "trigger": ("a class and its arguments", _is_recipe),
+    "image_shape": ("three positive integers", _is_shape),
+    "label_map": ("a class and its arguments", _is_recipe),
+    "rate": ("a share in [0, 1]", _is_share),
+    "mode": ("'static' or 'dynamic'", lambda value: value in ("static", "dynamic")),
+    "clean_label": ("a boolean", lambda value: isinstance(value, bool)),
+    "cover_rate": ("a share in [0, 1]", _is_share),
+    "seed": ("an integer", _is_integer),
+    "dataset": ("names and numbers with a positive number of `classes`", _is_dataset),
+}

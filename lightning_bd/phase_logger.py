@@ -18,7 +18,7 @@ class PhaseTensorBoardLogger(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        super().__init__(folder, name="", version="tensorboard")
+        super().__init__(folder, name="tensorboard", version="")
         self.first_step = first_step
 
     @rank_zero_only

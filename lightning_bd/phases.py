@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import random
-import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -41,7 +41,7 @@ from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.phase import INIT, Phase, check_trainer_arguments, in_order, name_phases, phase_parents
 from lightning_bd.phase_callbacks import ElapsedTime, RunRecord, SeedEachBatch, StopOnNonFiniteLoss, TriggerPreview
 from lightning_bd.phase_logger import PhaseTensorBoardLogger
-from lightning_bd.results_table import print_results
+from lightning_bd.results_table import print_metrics, print_results
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder
 
 __all__ = ("MultiPhaseTrainer", "Phase")
@@ -64,6 +64,8 @@ class MultiPhaseTrainer(Trainer):
 
     Args:
         phases: Name -> phase, or a list of named phases.
+        num_threads: Threads per process for operators on the CPU; PyTorch's default if not given. Small networks are
+            as fast with one, and then do not suffer when something else uses a core.
         args: Arguments of ``lightning.pytorch.Trainer``.
         kwargs: Arguments of ``lightning.pytorch.Trainer``, the same for all phases.
 
@@ -72,7 +74,13 @@ class MultiPhaseTrainer(Trainer):
             ``trainer`` has an argument that ``Trainer`` lacks.
     """
 
-    def __init__(self, *args: Any, phases: dict[str, Phase] | list[Phase] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        phases: dict[str, Phase] | list[Phase] | None = None,
+        num_threads: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         # Trainer adds its own callbacks to the list that it is given, and strategies keep state: keep clean copies.
         self._arguments = {
             name: copy.deepcopy(value) if name in ("callbacks", "strategy") else value for name, value in kwargs.items()
@@ -83,6 +91,9 @@ class MultiPhaseTrainer(Trainer):
             super().__init__(*args, **kwargs)
         self.phases = name_phases(phases or {})
         self._parents = phase_parents(self.phases)
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"Expected argument `num_threads` to be a positive integer, but got {num_threads}.")
+        self.num_threads = num_threads
         #: Start over: rename an existing run folder.
         self.fresh = False
         #: Evaluate with the config's trigger although the checkpoint has another.
@@ -129,43 +140,120 @@ class MultiPhaseTrainer(Trainer):
             )
         self._check_data(model, datamodule)
         folder = self._open_folder(model, datamodule)
-        for name in in_order(self._parents):
-            self._run_phase(name, model, datamodule, folder)
+        with _threads(self.num_threads):
+            for name in in_order(self._parents):
+                self._run_phase(name, model, datamodule, folder)
         last = next(reversed(self.phases))
         model.load_state_dict(read_checkpoint(folder.phase(last).final)["state_dict"])
         if rank_zero_only.rank == 0:
             print_results(folder.results(), folder.root)
 
-    def validate(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Evaluate on the split ``val``; a checkpoint brings its own trigger. See ``Trainer.validate``."""
-        datamodule = kwargs.get("datamodule")
+    def validate(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on the split `val`.
+
+        Args:
+            model: The model.
+            dataloaders: Instead of `datamodule`.
+            ckpt_path: Checkpoint to load first; its own trigger is used.
+            verbose: Print the metrics.
+            datamodule: The data.
+            weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
+        """
         if isinstance(datamodule, ImageDataModule) and "val" not in datamodule.splits:
             raise MisconfigurationException(
                 "There is no validation split: add one to `data.splits` (`val: 0.05`), or use `test`."
             )
-        return super().validate(model, *args, **self._trusted(model, kwargs))
+        self._check_checkpoint(model, datamodule, ckpt_path, weights_only)
+        own = isinstance(datamodule, ImageDataModule)
+        with _expected_warnings():
+            metrics = super().validate(model, dataloaders, ckpt_path, verbose and not own, datamodule, weights_only=True)
+        if own and verbose and self.is_global_zero:
+            print_metrics(metrics[0])
+        return metrics
 
-    def test(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Evaluate on the test set; a checkpoint brings its own trigger. See ``Trainer.test``."""
-        return super().test(model, *args, **self._trusted(model, kwargs))
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on the test set: clean accuracy, attack success rate, robust accuracy.
 
-    def predict(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Predict the clean test set and write ``predictions.csv``. See ``Trainer.predict``."""
-        predictions = super().predict(model, *args, **self._trusted(model, kwargs))
-        if predictions and self.is_global_zero and isinstance(model, LightningModule):
-            write_predictions(predictions, Path(self.default_root_dir) / "predictions.csv")
+        Args:
+            model: The model.
+            dataloaders: Instead of `datamodule`.
+            ckpt_path: Checkpoint to load first, such as a run's `NN_<phase>/final.ckpt`; its own trigger is used.
+            verbose: Print the metrics.
+            datamodule: The data.
+            weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
+        """
+        self._check_checkpoint(model, datamodule, ckpt_path, weights_only)
+        own = isinstance(datamodule, ImageDataModule)
+        with _expected_warnings():
+            metrics = super().test(model, dataloaders, ckpt_path, verbose and not own, datamodule, weights_only=True)
+        if own and verbose and self.is_global_zero:
+            print_metrics(metrics[0])
+        return metrics
+
+    def predict(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Predict the clean test set and write `predictions.csv` into `trainer.default_root_dir`.
+
+        Args:
+            model: The model.
+            dataloaders: Instead of `datamodule`.
+            datamodule: The data.
+            return_predictions: Whether to return the predictions of all batches.
+            ckpt_path: Checkpoint to load first.
+            weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
+        """
+        self._check_checkpoint(model, datamodule, ckpt_path, weights_only)
+        with _expected_warnings():
+            predictions = super().predict(
+                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=True
+            )
+        if predictions and isinstance(datamodule, ImageDataModule):
+            file = Path(self.default_root_dir) / f"predictions{f'_rank{self.global_rank}' * (self.world_size > 1)}.csv"
+            write_predictions(predictions, file)
+            rank_zero_info(f"Predictions: {file}")
         return predictions
 
-    def _trusted(self, model: LightningModule, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _check_checkpoint(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        path: str | Path | None,
+        weights_only: bool | None,
+    ) -> None:
         """Check a checkpoint before Lightning loads it, and take its trigger over."""
-        path, datamodule = kwargs.get("ckpt_path"), kwargs.get("datamodule")
+        if weights_only is False:
+            raise MisconfigurationException(
+                "`weights_only` False would unpickle, and so run, whatever the checkpoint holds; leave it out."
+            )
         if path is None:
-            return kwargs
+            return
         checkpoint = read_checkpoint(Path(path))
         check_weights(model, checkpoint["state_dict"], Path(path))
         if isinstance(datamodule, ImageDataModule):
             use_manifest_of(checkpoint, Path(path), datamodule, override=self.override_trigger)
-        return {**kwargs, "weights_only": True}
 
     def _check_data(self, model: LightningModule, datamodule: ImageDataModule) -> None:
         for phase in self.phases.values():
@@ -219,7 +307,7 @@ class MultiPhaseTrainer(Trainer):
         for item in logger:
             if isinstance(item, PhaseTensorBoardLogger):
                 item.first_step = first_step + record["steps"]
-        with _quiet():
+        with _quiet(), _expected_warnings():
             metrics = tester.test(model, datamodule=datamodule, verbose=False)[0]
         if rank_zero_only.rank == 0:
             here.finish(
@@ -264,6 +352,7 @@ class MultiPhaseTrainer(Trainer):
             logger=logger,
             default_root_dir=folder.path,
             max_epochs=self._epochs(phase),
+            num_sanity_val_steps=0,  # they would draw from the global random state before training
             callbacks=[
                 SeedEachBatch(datamodule.run_seed, phase.name),
                 StopOnNonFiniteLoss(phase.name, folder.last),
@@ -274,7 +363,9 @@ class MultiPhaseTrainer(Trainer):
                 _last_epoch_checkpoint(folder.checkpoints),
             ],
         )
-        with _optimizer_of(phase, model):
+        if folder.last.is_file():
+            rank_zero_info(f"Phase `{phase.name}` was cut: it goes on after its last complete epoch.")
+        with _optimizer_of(phase, model), _expected_warnings(), _quiet():
             trainer.fit(
                 model,
                 datamodule=fit_data,
@@ -315,9 +406,8 @@ class MultiPhaseTrainer(Trainer):
             plugins.append(AtomicCheckpointIO())
         arguments["plugins"] = plugins
         arguments["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in arguments["callbacks"])
-        arguments.setdefault("enable_model_summary", False)
-        if not arguments.get("enable_progress_bar", True) or arguments["enable_progress_bar"] is None:
-            arguments["callbacks"] = [c for c in arguments["callbacks"] if not isinstance(c, ProgressBar)]
+        if arguments.get("enable_model_summary") is None:
+            arguments["enable_model_summary"] = False
         with _quiet():
             return Trainer(**arguments)
 
@@ -418,6 +508,17 @@ def _seed(seed: int) -> None:
 
 
 @contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Use ``number`` threads for operators on the CPU inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if number is None else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep every new Trainer from announcing the hardware again."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -427,6 +528,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Leave out what Lightning warns of and what is meant to be so."""
+    with warnings.catch_warnings():
+        # Steps count over epochs, so short epochs are logged too.
+        warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging")
+        # No split `val`, no validation.
+        warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
+        # Lightning 2.6 with torch 2.14 and later.
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+        yield
 
 
 @contextmanager

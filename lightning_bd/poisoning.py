@@ -1,6 +1,7 @@
 """Which images are poisoned, and what their labels become."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ class Poison:
 
     Args:
         trigger: How the pixels of a poisoned image change.
-        rate: Share of images to poison, in [0, 1]: of the training split, or with ``clean_label`` of the target
-            class. The papers use 0.1.
+        rate: Share of images to poison, in [0, 1]. Static: of the training split, or with ``clean_label`` of the
+            target class. Dynamic: of the images that may be poisoned. The papers use 0.1.
         target: The attacker's class, or a label map for all-to-all and source-specific attacks.
         mode: ``"dynamic"``: each image of each batch is poisoned with probability ``rate``, after augmentation, in
             float (the protocol of SBL). ``"static"``: ``int(rate * n)`` fixed images, poisoned once, rounded to 8 bits,
@@ -33,7 +34,8 @@ class Poison:
         seed: Seed of the choice of images.
 
     Raises:
-        ValueError: If a rate is outside [0, 1], both together exceed 1, or ``clean_label`` has no single target.
+        ValueError: If a rate is outside [0, 1], both together exceed 1, ``mode`` is unknown, or ``clean_label`` has no
+            single target.
 
     Example:
         >>> from lightning_bd.triggers import BadNets
@@ -62,6 +64,8 @@ class Poison:
             raise ValueError(
                 f"Expected `rate` and `cover_rate` to sum to at most 1, but got {self.rate} + {self.cover_rate}."
             )
+        if self.mode not in get_args(PoisonMode):
+            raise ValueError(f"Expected argument `mode` to be one of {get_args(PoisonMode)}, but got {self.mode!r}.")
         self.label_map = AllToOne(self.target) if isinstance(self.target, int) else self.target
         if self.clean_label and not isinstance(self.label_map, AllToOne):
             raise ValueError("Expected argument `target` to be one class with `clean_label`, but got a label map.")
@@ -92,11 +96,20 @@ class Poison:
         """Return the labels ``(B,)`` that triggered images of classes ``labels`` ``(B,)`` get."""
         return self.label_map(labels, self.num_classes)
 
-    def candidates(self, labels: Tensor) -> Tensor:
-        """Return which images of classes ``labels`` ``(B,)`` may be poisoned for training, as ``(B,)`` bool."""
-        if self.clean_label:
-            return labels == self.attacker_labels(labels)
-        return self.label_map.sources(labels)
+    def candidates(self, labels: Tensor, positions: Tensor) -> Tensor:
+        """Return which training images may be poisoned.
+
+        Args:
+            labels: ``(B,)`` their labels.
+            positions: ``(B,)`` their positions in the training set.
+
+        Returns:
+            ``(B,)`` bool.
+        """
+        allowed = labels == self.attacker_labels(labels) if self.clean_label else self.label_map.sources(labels)
+        if self.selection is not None:
+            allowed = allowed & torch.isin(positions, torch.tensor(self.selection, dtype=torch.int64))
+        return allowed
 
     def victims(self, labels: Tensor) -> Tensor:
         """Return which test images of classes ``labels`` ``(B,)`` the attack aims at, as ``(B,)`` bool.
@@ -105,10 +118,16 @@ class Poison:
         """
         return self.label_map.sources(labels) & (labels != self.attacker_labels(labels))
 
-    def check_not_empty(self, labels: Tensor, split: str) -> None:
-        """Raise ``ValueError`` if ``rate`` selects no image among ``labels`` ``(N,)`` of a split."""
-        candidates = int(self.candidates(labels).sum())
-        total = candidates if self.clean_label else len(labels)
+    def check_not_empty(self, labels: Tensor, positions: Tensor, split: str) -> None:
+        """Raise ``ValueError`` if ``rate`` selects no image of a split.
+
+        Args:
+            labels: ``(N,)`` labels of the split's images.
+            positions: ``(N,)`` their positions in the training set.
+            split: Name of the split, for the message.
+        """
+        candidates = int(self.candidates(labels, positions).sum())
+        total = self._total(labels)
         if candidates == 0 or int(self.rate * total) == 0:
             raise ValueError(
                 f"Expected the poison to select at least one image of split `{split}`, but rate {self.rate} of "
@@ -134,11 +153,9 @@ class Poison:
         """
         order = positions.argsort()
         labels, positions = labels[order], positions[order]
-        self.check_not_empty(labels, split)
-        candidates = positions[self.candidates(labels)]
-        count = int(self.rate * (len(candidates) if self.clean_label else len(labels)))
-        if self.selection is not None:
-            candidates = candidates[torch.isin(candidates, torch.tensor(self.selection))]
+        self.check_not_empty(labels, positions, split)
+        candidates = positions[self.candidates(labels, positions)]
+        count = int(self.rate * self._total(labels))
         if count > len(candidates):
             raise ValueError(
                 f"Expected at least {count} images to poison in split `{split}` (rate {self.rate}), "
@@ -162,8 +179,10 @@ class Poison:
             Rows of the batch to poison and rows to cover; disjoint.
         """
         uniform = torch.rand(len(labels), generator=generator)
-        poisoned = (uniform < self.rate) & self.candidates(labels)
-        if self.selection is not None:
-            poisoned &= torch.isin(indices, torch.tensor(self.selection))
+        poisoned = (uniform < self.rate) & self.candidates(labels, indices)
         covered = (uniform >= 1 - self.cover_rate) & ~poisoned
         return poisoned.nonzero().flatten(), covered.nonzero().flatten()
+
+    def _total(self, labels: Tensor) -> int:
+        """Return the number that ``rate`` is a share of."""
+        return int((labels == self.attacker_labels(labels)).sum()) if self.clean_label else len(labels)

@@ -1,6 +1,6 @@
 """The table at the end of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,7 +8,7 @@ from rich.table import Table
 
 from lightning_bd.run_folder import PhaseResult
 
-__all__ = ("print_results", "results_table")
+__all__ = ("print_metrics", "print_results", "results_table")
 
 
 def results_table(results: Sequence[PhaseResult]) -> Table:
@@ -28,6 +28,18 @@ def results_table(results: Sequence[PhaseResult]) -> Table:
         shown = ["unknown" if rate is None else f"{100 * rate:.1f}" for rate in rates]
         table.add_row(row.phase, row.start_from, *shown, str(row.epochs), f"{row.seconds:.1f}", row.note)
     return table
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """Print one row per metric, in percent.
+
+    Args:
+        metrics: Name -> rate in [0, 1].
+    """
+    table = Table("metric", "%")
+    for name, value in metrics.items():
+        table.add_row(name, f"{100 * value:.2f}")
+    Console().print(table)
 
 
 def print_results(results: Sequence[PhaseResult], folder: Path) -> None:

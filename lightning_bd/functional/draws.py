@@ -32,7 +32,8 @@ def keyed_generator(*key: int | str) -> torch.Generator:
         key: Integers and strings.
 
     Example:
-        >>> torch.equal(torch.rand(2, generator=keyed_generator(0, "a")), torch.rand(2, generator=keyed_generator(0, "a")))
+        >>> first, second = (torch.rand(2, generator=keyed_generator(0, "a")) for _ in range(2))
+        >>> torch.equal(first, second)
         True
     """
     return torch.Generator().manual_seed(keyed_seed(*key))

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bd.functional.draws import keyed_generator
+from lightning_bd.functional.layer_squares import in_parts
 from lightning_bd.functional.per_sample import SquaredGradients
 
 __all__ = ("FisherKind", "fisher_diagonal", "fisher_sums")
@@ -28,7 +29,9 @@ def fisher_diagonal(
 ) -> dict[str, Tensor]:
     r"""Mean over samples of the squared gradient of the log-likelihood, for each parameter.
 
-    .. math:: F_i = \frac{1}{N} \sum_{n=1}^{N} \sum_y w_n(y) \left(\frac{\partial \log p(y | x_n)}{\partial \theta_i}\right)^2
+    .. math::
+        F_i = \frac{1}{N} \sum_{n=1}^{N} \sum_y w_n(y)
+              \left(\frac{\partial \log p(y | x_n)}{\partial \theta_i}\right)^2
 
     The gradient is squared for each sample by itself, never after a mean over a batch. With :math:`y_n` the label in
     the data, the weights :math:`w_n(y)` are
@@ -60,7 +63,8 @@ def fisher_diagonal(
         parameters.
 
     Raises:
-        ValueError: If an argument is out of range, there is no sample, or logits or labels have another shape.
+        ValueError: If an argument is out of range, there is no sample, logits or labels have another shape, or a
+            ``BatchNorm`` layer has no running statistics.
 
     Example:
         >>> model = nn.Linear(1, 2, bias=False)
@@ -128,18 +132,12 @@ def fisher_sums(
     count = 0
     with _untouched(model):
         for images, labels in _chunks(batches, num_samples, chunk_size):
-
-            def cotangents(logits: Tensor, labels: Tensor = labels) -> Iterator[Tensor]:
-                return _cotangents(logits, labels, kind, generator)
-
-            squares.add(images, cotangents)
+            squares.add(images, partial(_cotangents, labels=labels, kind=kind, generator=generator))
             count += len(images)
     return squares.sums, count
 
 
-def _chunks(
-    batches: Iterable[Any], num_samples: int | None, chunk_size: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(batches: Iterable[Any], num_samples: int | None, chunk_size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     left = num_samples
     if left == 0:
         return
@@ -150,7 +148,7 @@ def _chunks(
                 f"Expected labels of shape ({len(images)},), one for each image, but got {tuple(labels.shape)}."
             )
         size = chunk_size or (32 if images.device.type == "cpu" else 128)
-        yield from zip(images.split(size), labels.split(size), strict=True)
+        yield from in_parts(images, labels, size)
         if left is not None:
             left -= len(images)
             if left == 0:

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bd.functional.layer_squares import LayerSquares, layer_squares
+from lightning_bd.functional.layer_squares import LayerSquares, in_parts, layer_squares
 
 __all__ = ("Cotangents", "SquaredGradients")
 
@@ -44,7 +45,7 @@ class SquaredGradients:
             parameters, float32 for all others.
 
     Raises:
-        ValueError: If ``max_memory`` is not positive.
+        ValueError: If ``max_memory`` is not positive, or a ``BatchNorm`` layer has no running statistics.
 
     Example:
         >>> squares = SquaredGradients(nn.Linear(1, 2, bias=False))
@@ -56,6 +57,12 @@ class SquaredGradients:
     def __init__(self, model: nn.Module, max_memory: int | None = None) -> None:
         if max_memory is not None and max_memory <= 0:
             raise ValueError(f"Expected argument `max_memory` to be a positive integer or None, but got {max_memory}.")
+        for name, layer in model.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+                raise ValueError(
+                    "Expected argument `model` to treat each sample for itself, but got one whose layer"
+                    f" {name!r} has no running statistics and mixes the batch."
+                )
         self._model = model
         self._max_memory = max_memory
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -74,7 +81,9 @@ class SquaredGradients:
         """
         if not self._parameters or len(inputs) == 0:
             return
-        with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        # A compiled model neither sees hooks that come later nor is worth another compilation.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
             if self._method is None:
                 self._method = self._choose_method(inputs[:1])
             if self._method == "layers":
@@ -118,24 +127,18 @@ class SquaredGradients:
         # With this scalar as the only root autograd forms no gradients of weights. The sum is also a copy, which a
         # layer that works in place may overwrite.
         root = torch.zeros((), dtype=inputs.dtype, device=inputs.device, requires_grad=True)
-        with self._hooks(sums, len(inputs)) as hooks:
+        with self._hooks(sums, len(inputs)):
             logits = self._model(inputs + root)
-            for hook in hooks:
-                if hook.calls != 1:
-                    raise _UnsupportedModelError(f"layer {hook.name!r} is called {hook.calls} times")
             passes = list(cotangents(logits.detach()))
             for index, cotangent in enumerate(passes, start=1):
                 torch.autograd.grad(logits, root, cotangent, retain_graph=index < len(passes), allow_unused=True)
 
     @contextmanager
-    def _hooks(self, sums: dict[str, Tensor], size: int) -> Iterator[list["_LayerHook"]]:
+    def _hooks(self, sums: dict[str, Tensor], size: int) -> Iterator[None]:
         """Attach a hook to each layer that owns a parameter."""
-        hooks: list[_LayerHook] = []
         handles = []
         try:
             for prefix, layer in self._model.named_modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-                    raise _UnsupportedModelError(f"layer {prefix!r} normalises with the statistics of the batch")
                 names = {key: f"{prefix}.{key}" if prefix else key for key in layer._parameters}
                 totals = {key: sums[name] for key, name in names.items() if name in sums}
                 if not totals:
@@ -145,8 +148,7 @@ class SquaredGradients:
                     raise _UnsupportedModelError(f"layer {prefix!r} is a {type(layer).__name__}")
                 hook = _LayerHook(prefix, add, totals, size, self._memory(next(iter(totals.values()))))
                 handles.append(layer.register_forward_hook(hook))
-                hooks.append(hook)
-            yield hooks
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -157,13 +159,15 @@ class SquaredGradients:
         bytes_per_sample = sum(p.numel() * p.element_size() for p in self._parameters.values())
         size = max(1, self._memory(inputs) // bytes_per_sample)
         for cotangent in passes:
-            for part, direction in zip(inputs.split(size), cotangent.split(size), strict=True):
+            for part, direction in in_parts(inputs, cotangent, size):
                 if self._method == "vmap":
                     try:
                         gradients = self._vmap_gradients(part, direction)
                     except RuntimeError as error:
                         reason = str(error).partition("\n")[0]
-                        _log.info("Per-sample gradients in a loop over the samples, as torch.func.vmap fails: %s", reason)
+                        _log.info(
+                            "Per-sample gradients in a loop over the samples, as torch.func.vmap fails: %s", reason
+                        )
                         self._method = "loop"
                     else:
                         for name, gradient in gradients.items():
@@ -174,16 +178,20 @@ class SquaredGradients:
     def _vmap_gradients(self, inputs: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         parameters = {name: p.detach() for name, p in self._parameters.items()}
 
-        def gradient(x: Tensor, direction: Tensor) -> Any:
-            _, pull_back = vjp(lambda weights: functional_call(self._model, weights, (x[None].clone(),)), parameters)
-            return pull_back(direction[None])[0]
+        def gradient(x: Tensor, direction: Tensor) -> dict[str, Tensor]:
+            def logits(weights: dict[str, Tensor]) -> Tensor:
+                output: Tensor = functional_call(self._model, weights, (x[None].clone(),))
+                return output
+
+            weight_gradients: dict[str, Tensor] = vjp(logits, parameters)[1](direction[None])[0]
+            return weight_gradients
 
         gradients: dict[str, Tensor] = vmap(gradient)(inputs, cotangent)
         return gradients
 
     def _add_by_loop(self, inputs: Tensor, cotangent: Tensor) -> None:
         parameters = list(self._parameters.values())
-        for x, direction in zip(inputs.split(1), cotangent.split(1), strict=True):
+        for x, direction in in_parts(inputs, cotangent, 1):
             gradients = torch.autograd.grad(self._model(x.clone()), parameters, direction, allow_unused=True)
             for total, gradient in zip(self.sums.values(), gradients, strict=True):
                 if gradient is not None:
@@ -206,24 +214,21 @@ def _fall_back(reason: _UnsupportedModelError) -> Literal["vmap"]:
 class _LayerHook:
     """Forward hook that adds the squares of one layer when its output's gradient arrives."""
 
-    def __init__(
-        self, name: str, add: LayerSquares, totals: dict[str, Tensor], size: int, memory: int
-    ) -> None:
-        self.name = name
-        self.calls = 0
+    def __init__(self, name: str, add: LayerSquares, totals: dict[str, Tensor], size: int, memory: int) -> None:
+        self._name, self._called = name, False
         self._add, self._totals, self._size, self._memory = add, totals, size, memory
         self._dtype = next(iter(totals.values())).dtype
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.calls += 1
-        if self.calls > 1:
-            raise _UnsupportedModelError(f"layer {self.name!r} is called more than once")
+        if self._called:
+            raise _UnsupportedModelError(f"layer {self._name!r} is called more than once")
+        self._called = True
         if len(args) != 1 or args[0].ndim < 2 or len(args[0]) != self._size or not output.requires_grad:
-            raise _UnsupportedModelError(f"layer {self.name!r} does not map samples to samples")
+            raise _UnsupportedModelError(f"layer {self._name!r} does not map samples to samples")
         x = args[0].detach()
 
         def add(gradient: Tensor) -> None:
             with torch.no_grad():
                 self._add(layer, x.to(self._dtype), gradient.to(self._dtype), self._totals, self._memory)
 
-        output.register_hook(add)
+        output.register_hook(add)  # type: ignore[no-untyped-call]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
+
 from lightning_bd.functional.perturbations import (
     asam_perturbation,
     global_norm,
@@ -12,7 +14,6 @@ from lightning_bd.functional.perturbations import (
     looksam_gradient,
     sam_perturbation,
 )
-from torch import Tensor
 
 SHAPES = ((4, 3), (4,), (2, 3, 3, 3), (2,), ())
 

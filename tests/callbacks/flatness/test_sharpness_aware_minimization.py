@@ -1,16 +1,20 @@
 """SAM through a Trainer against loops written by hand; the module knows nothing of SAM."""
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Literal, cast
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from lightning_bd.callbacks import SharpnessAwareMinimization
+from lightning_bd.callbacks.isolation import overwrite
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,25 +25,31 @@ pytestmark = [
 ]
 
 Batch = tuple[Tensor, Tensor]
+Variant = Literal["sam", "asam", "gsam", "looksam"]
 Step = Callable[[list[Tensor], Callable[[], None]], None]
 
 
 def make_net(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "cnn":
-        return nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64, 3),
-        )  # fmt: skip
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5 if kind == "dropout" else 0.0), nn.Linear(16, 3)
-    )
+        convolutions = [
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+        ]
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 3))
+    dropout = nn.Dropout(0.5 if kind == "dropout" else 0.0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), dropout, nn.Linear(16, 3))
 
 
-def make_batches(count: int = 6, size: int = 8) -> list[Batch]:
+def make_batches() -> list[Batch]:
+    """Six batches of eight images."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, size, 1, 8, 8, generator=generator)
-    labels = torch.randint(3, (count, size), generator=generator)
+    images = torch.randn(6, 8, 1, 8, 8, generator=generator)
+    labels = torch.randint(3, (6, 8), generator=generator)
     return list(zip(images, labels, strict=True))
 
 
@@ -53,10 +63,10 @@ class Module(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(100 + batch_idx)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.net, self.optimizer_name, self.lr)
         if self.optimizer_name == "sgd":
             return optimizer
@@ -70,22 +80,45 @@ def make_optimizer(net: nn.Module, name: str = "sgd", lr: float = 0.1) -> torch.
     return torch.optim.AdamW(net.parameters(), lr=lr)
 
 
-def make_trainer(*callbacks: Callback, epochs: int = 1, **options: Any) -> Trainer:
+def make_trainer(
+    *callbacks: Callback,
+    epochs: int = 1,
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: Literal["bf16-mixed"] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Trainer:
     return Trainer(
-        callbacks=list(callbacks), max_epochs=epochs, accelerator="cpu", enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1,
-        **{"logger": False, "enable_checkpointing": False, **options},
-    )  # fmt: skip
+        callbacks=list(callbacks),
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        precision=precision,
+        plugins=[] if scaler is None else [MixedPrecision("16-mixed", "cpu", scaler)],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
 
 
-def make_loader(batches: list[Batch]) -> DataLoader[Any]:
-    images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
-    return DataLoader(TensorDataset(images, labels), batch_size=len(batches[0][0]))
+def make_loader() -> DataLoader[tuple[Tensor, ...]]:
+    images, labels = (torch.cat(column) for column in zip(*make_batches(), strict=True))
+    return DataLoader(TensorDataset(images, labels), batch_size=8)
 
 
-def fit(module: LightningModule, *callbacks: Callback, batches: list[Batch] | None = None, **options: Any) -> Trainer:
-    trainer = make_trainer(*callbacks, **options)
-    trainer.fit(module, make_loader(make_batches() if batches is None else batches))
+def fit(
+    module: LightningModule,
+    *callbacks: Callback,
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: Literal["bf16-mixed"] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Trainer:
+    trainer = make_trainer(*callbacks, accumulate=accumulate, clip=clip, precision=precision, scaler=scaler)
+    trainer.fit(module, make_loader())
     return trainer
 
 
@@ -113,7 +146,7 @@ def loop_by_hand(
                     loss = F.cross_entropy(net(images), labels)
                 loss = loss if penalty is None else loss + penalty(net)
                 loss = loss / accumulate
-                (loss if scaler is None else scaler.scale(loss)).backward()
+                torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
 
         compute()
         buffers = copy.deepcopy(dict(net.named_buffers()))
@@ -134,7 +167,8 @@ def loop_by_hand(
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([tensor.norm() for tensor in tensors]).norm()
+    length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+    return length
 
 
 def gradients_of(parameters: list[Tensor]) -> list[Tensor]:
@@ -143,7 +177,7 @@ def gradients_of(parameters: list[Tensor]) -> list[Tensor]:
 
 def set_gradients(parameters: list[Tensor], vector: Tensor) -> None:
     sizes = [parameter.numel() for parameter in parameters]
-    for parameter, part in zip(parameters, vector.split(sizes), strict=True):
+    for parameter, part in zip(parameters, torch.split(vector, sizes), strict=True):
         cast(Tensor, parameter.grad).copy_(part.view_as(parameter))
 
 
@@ -223,7 +257,7 @@ def every(interval: int, inner: Step) -> Step:
 def assert_equal_states(actual: nn.Module, expected: nn.Module, atol: float = 0.0) -> None:
     assert actual.state_dict().keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
-        torch.testing.assert_close(actual.state_dict()[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual.state_dict()[name], value, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -231,7 +265,7 @@ def assert_equal_states(actual: nn.Module, expected: nn.Module, atol: float = 0.
 @pytest.mark.parametrize("kind", ["mlp", "dropout", "cnn"])
 def test_equals_the_loop_by_hand(kind: str, accumulate: int, clip: float | None) -> None:
     module, expected = Module(make_net(kind)), make_net(kind)
-    trainer = fit(module, SharpnessAwareMinimization(), accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+    trainer = fit(module, SharpnessAwareMinimization(), accumulate=accumulate, clip=clip)
     loop_by_hand(expected, sam(), accumulate=accumulate, clip=clip)
     assert_equal_states(module.net, expected)
     assert trainer.global_step == 6 // accumulate
@@ -252,7 +286,11 @@ def test_differs_from_the_plain_run() -> None:
         (lambda: SharpnessAwareMinimization(interval=2), lambda: every(2, sam()), 0.0),
         (lambda: SharpnessAwareMinimization(variant="gsam", alpha=0.3), lambda: gsam(), 2e-6),
         (lambda: SharpnessAwareMinimization(variant="looksam", interval=2), lambda: looksam(), 2e-6),
-        (lambda: SharpnessAwareMinimization(variant="looksam", alpha=0.3), lambda: looksam(alpha=0.3, interval=5), 2e-6),
+        (
+            lambda: SharpnessAwareMinimization(variant="looksam", alpha=0.3),
+            lambda: looksam(alpha=0.3, interval=5),
+            2e-6,
+        ),
     ],
     ids=["asam", "every second step", "gsam", "looksam", "looksam defaults"],
 )
@@ -267,7 +305,7 @@ def test_variants_equal_the_loop_by_hand(
 
 def test_adamw_with_a_schedule_per_step() -> None:
     module, expected = Module(make_net("cnn"), "adamw", lr=0.1), make_net("cnn")
-    fit(module, SharpnessAwareMinimization(rho=0.5, variant="asam"), accumulate_grad_batches=2)
+    fit(module, SharpnessAwareMinimization(rho=0.5, variant="asam"), accumulate=2)
     loop_by_hand(expected, asam(), optimizer="adamw", accumulate=2)
     assert_equal_states(module.net, expected)
 
@@ -284,43 +322,42 @@ def test_fp16_with_a_scaler(exponent: int, accumulate: int) -> None:
     """With the large scales the first step overflows and is skipped; with 2^10 none is."""
     module, expected = Module(make_net("dropout")), make_net("dropout")
     scaler, by_hand = (torch.amp.GradScaler("cpu", init_scale=2.0**exponent) for _ in range(2))
-    plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    fit(
-        module, SharpnessAwareMinimization(), plugins=[plugin], gradient_clip_val=1.0, accumulate_grad_batches=accumulate
-    )
+    fit(module, SharpnessAwareMinimization(), scaler=scaler, clip=1.0, accumulate=accumulate)
     loop_by_hand(
         expected, sam(skip_infinite=True), accumulate=accumulate, clip=1.0, dtype=torch.float16, scaler=by_hand
     )
     assert_equal_states(module.net, expected)
     assert scaler.get_scale() == by_hand.get_scale()
     assert (scaler.get_scale() < 2.0**exponent) == (exponent > 10)
-    assert not all(torch.equal(a, b) for a, b in zip(expected.parameters(), make_net("dropout").parameters(), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(expected.parameters(), make_net("dropout").parameters(), strict=True)
+    )
 
 
 def test_overflow_of_the_first_pass_skips_the_second() -> None:
     passes: list[bool] = []
 
     class Watched(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
             passes.append(callback.second_pass)
             # The gradient of the first batch is infinite in float16 with the first scale only.
-            return super().training_step(batch, batch_idx) * (1e6 if batch_idx == 0 else 1.0)
+            return (1e6 if batch_idx == 0 else 1.0) * cast(Tensor, super().training_step(batch, batch_idx))
 
     callback = SharpnessAwareMinimization(variant="looksam", interval=3)
     module = Watched(make_net("mlp"))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    fit(module, callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    fit(module, callback, scaler=scaler)
     # Skipped; second attempt, for there is no direction yet; direction lent; due again; lent; lent.
     assert passes == [False, False, True, False, False, True, False, False]
     assert scaler.get_scale() == 512
 
 
 @pytest.mark.parametrize("variant", ["sam", "asam", "gsam", "looksam"])
-def test_rho_zero_is_the_plain_run(variant: Any) -> None:
+def test_rho_zero_is_the_plain_run(variant: Variant) -> None:
     state = []
     for callbacks in ([SharpnessAwareMinimization(rho=0.0, variant=variant)], []):
         module = Module(make_net("cnn"))
-        fit(module, *callbacks, accumulate_grad_batches=2)
+        fit(module, *callbacks, accumulate=2)
         state.append((module, torch.get_rng_state()))
     assert_equal_states(state[0][0], state[1][0])
     assert torch.equal(state[0][1], state[1][1])
@@ -339,9 +376,12 @@ def test_penalty_of_another_callback_is_counted_in_both_passes() -> None:
 
     callback = SharpnessAwareMinimization()
     module, expected = Module(make_net("cnn")), make_net("cnn")
-    fit(module, callback, Penalty(), accumulate_grad_batches=2)
+    fit(module, callback, Penalty(), accumulate=2)
     loop_by_hand(
-        expected, sam(), accumulate=2, penalty=lambda net: 0.1 * sum(((p**2).sum() for p in net.parameters()), torch.tensor(0.0))
+        expected,
+        sam(),
+        accumulate=2,
+        penalty=lambda net: 0.1 * nn.utils.parameters_to_vector(net.parameters()).square().sum(),
     )
     assert Penalty.passes == [False, False, True, True] * 3
     assert_equal_states(module.net, expected, atol=1e-6)
@@ -351,14 +391,14 @@ def test_training_step_may_return_a_dict_or_none() -> None:
     """A batch without a loss is not replayed and adds nothing."""
 
     class Choosy(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
             calls.append(batch_idx)
             return None if batch_idx in (1, 2) else {"loss": super().training_step(batch, batch_idx), "extra": 1}
 
     calls: list[int] = []
     module, expected = Choosy(make_net("dropout")), make_net("dropout")
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
-        fit(module, SharpnessAwareMinimization(), accumulate_grad_batches=2)
+        fit(module, SharpnessAwareMinimization(), accumulate=2)
     assert calls == [0, 1, 0, 2, 3, 3, 4, 5, 4, 5]
 
     optimizer = make_optimizer(expected)
@@ -369,7 +409,7 @@ def test_training_step_may_return_a_dict_or_none() -> None:
             for index in window:
                 torch.manual_seed(100 + index)
                 images, labels = make_batches()[index]
-                (F.cross_entropy(expected(images), labels) / 2).backward()
+                torch.autograd.backward(F.cross_entropy(expected(images), labels) / 2)
 
         compute()
         sam()(list(expected.parameters()), compute)
@@ -379,13 +419,13 @@ def test_training_step_may_return_a_dict_or_none() -> None:
 
 def test_no_loss_in_the_second_pass_is_a_plain_step() -> None:
     class Fragile(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
             return None if callback.second_pass and batch_idx % 2 else super().training_step(batch, batch_idx)
 
     callback = SharpnessAwareMinimization()
     module, plain = Fragile(make_net("cnn")), Module(make_net("cnn"))
-    fit(module, callback, accumulate_grad_batches=2)
-    fit(plain, accumulate_grad_batches=2)
+    fit(module, callback, accumulate=2)
+    fit(plain, accumulate=2)
     assert_equal_states(module, plain)
 
 
@@ -395,60 +435,72 @@ def test_parameters_without_a_gradient() -> None:
     class Branches(Module):
         def __init__(self) -> None:
             super().__init__(make_net("mlp"))
-            self.net.never = nn.Parameter(torch.ones(3))
-            self.net.first_pass_only = nn.Parameter(torch.ones(3))
+            self.never = nn.Parameter(torch.ones(3))
+            self.first_pass_only = nn.Parameter(torch.ones(3))
 
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
-            logits = cast(nn.Sequential, self.net)[:5](batch[0])
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            logits = self.net(batch[0])
             if not callback.second_pass:
-                logits = logits + cast(Tensor, self.net.first_pass_only)
+                logits = logits + self.first_pass_only
             return F.cross_entropy(logits, batch[1])
+
+        def configure_optimizers(self) -> OptimizerLRScheduler:
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
 
     callback = SharpnessAwareMinimization(rho=1.0)
     module = Branches()
-    # Without weight decay or momentum, which would move a parameter of gradient zero.
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
     fit(module, callback)
-    assert torch.equal(cast(Tensor, module.net.never), torch.ones(3))
-    assert torch.equal(cast(Tensor, module.net.first_pass_only), torch.ones(3))
-    assert cast(Tensor, module.net.never).grad is None
+    assert torch.equal(module.never, torch.ones(3))
+    assert torch.equal(module.first_pass_only, torch.ones(3))
+    assert module.never.grad is None
 
 
 @pytest.mark.parametrize("variant", ["gsam", "looksam"])
-def test_a_gradient_missing_in_the_second_pass_counts_as_zero(variant: Any) -> None:
+def test_a_gradient_missing_in_the_second_pass_counts_as_zero(variant: Variant) -> None:
     class Branch(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
-            images, labels = batch
-            bias = cast(Tensor, self.extra) * (0.0 if callback.second_pass and not self.omit else 1.0)
-            logits = self.net(images)
-            return F.cross_entropy(logits if callback.second_pass and self.omit else logits + bias, labels)
+        def __init__(self, omit: bool) -> None:
+            super().__init__(make_net("mlp"))
+            self.bias, self.omit = nn.Parameter(torch.ones(3)), omit
 
-    states = []
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            logits = self.net(batch[0])
+            if not callback.second_pass:
+                logits = logits + self.bias
+            elif not self.omit:
+                logits = logits + 0 * self.bias
+            return F.cross_entropy(logits, batch[1])
+
+        def configure_optimizers(self) -> OptimizerLRScheduler:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    modules = []
     for omit in (False, True):
         callback = SharpnessAwareMinimization(variant=variant, interval=2 if variant == "looksam" else 1)
-        module = Branch(make_net("mlp"))
-        module.extra, module.omit = nn.Parameter(torch.ones(3)), omit
-        module.configure_optimizers = lambda m=module: torch.optim.SGD(m.parameters(), lr=0.1)  # type: ignore[misc]
-        fit(module, callback)
-        states.append(module)
-    assert_equal_states(states[0], states[1], atol=1e-7)
+        modules.append(Branch(omit))
+        fit(modules[-1], callback)
+    assert_equal_states(modules[0], modules[1], atol=1e-7)
 
 
 def test_optimizer_step_of_the_user_that_drops_batches() -> None:
     """A batch whose gradient was computed but never used must not be replayed later."""
 
     class EverySecond(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
             calls.append(batch_idx)
             return super().training_step(batch, batch_idx)
 
         def optimizer_step(
-            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+            self,
+            epoch: int,
+            batch_idx: int,
+            optimizer: torch.optim.Optimizer | LightningOptimizer,
+            optimizer_closure: Callable[[], float] | None = None,
         ) -> None:
+            assert optimizer_closure is not None
             if batch_idx % 2:
                 optimizer.step(closure=optimizer_closure)
             else:
-                cast(Callable[[], Any], optimizer_closure)()
+                optimizer_closure()
 
     calls: list[int] = []
     fit(EverySecond(make_net("mlp")), SharpnessAwareMinimization())
@@ -463,12 +515,13 @@ def test_compiled_net() -> None:
     assert_equal_states(module.net, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_module() -> None:
     """Lightning compiles ``training_step`` itself then, logging included."""
 
     class Logging(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
-            loss = super().training_step(batch, 0)
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            loss = cast(Tensor, super().training_step(batch, 0))
             self.log("loss", loss)
             return loss
 
@@ -494,8 +547,6 @@ def test_second_pass_leaves_the_module_and_the_trainer_as_they_were() -> None:
 @pytest.fixture
 def _signals() -> Iterator[None]:
     """Lightning ignores SIGINT for good after an interrupt."""
-    import signal
-
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -505,7 +556,7 @@ def _signals() -> Iterator[None]:
 @pytest.mark.parametrize(("error", "raised"), [(RuntimeError("boom"), RuntimeError), (KeyboardInterrupt(), SystemExit)])
 def test_exception_in_the_second_pass(error: BaseException, raised: type[BaseException]) -> None:
     class Failing(Module):
-        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
             loss = super().training_step(batch, batch_idx)
             if batch_idx == 2 and callback.second_pass:
                 assert not torch.equal(next(self.parameters()), next(expected.parameters()))
@@ -518,7 +569,7 @@ def test_exception_in_the_second_pass(error: BaseException, raised: type[BaseExc
     module, expected = Failing(make_net("cnn")), make_net("cnn")
     trainer = make_trainer(callback)
     with pytest.raises(raised):
-        trainer.fit(module, make_loader(make_batches()))
+        trainer.fit(module, make_loader())
     assert_equal_states(module.net, expected)
     assert not callback.second_pass
     assert "log" not in vars(module)
@@ -526,9 +577,7 @@ def test_exception_in_the_second_pass(error: BaseException, raised: type[BaseExc
 
 
 def test_weights_are_restored_by_on_exception_if_the_first_restoration_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_bd.callbacks.flatness.sharpness_aware_minimization as source
-
-    overwrite, cuts = source.overwrite, [True]
+    cuts = [True]
 
     def cut_once(targets: list[Tensor], sources: list[Tensor]) -> None:
         if targets and cuts:
@@ -536,7 +585,7 @@ def test_weights_are_restored_by_on_exception_if_the_first_restoration_was_cut(m
             raise RuntimeError("cut")
         overwrite(targets, sources)
 
-    monkeypatch.setattr(source, "overwrite", cut_once)
+    monkeypatch.setattr(f"{SharpnessAwareMinimization.__module__}.overwrite", cut_once)
     module = Module(make_net("mlp"))
     with pytest.raises(RuntimeError, match="cut"):
         fit(module, SharpnessAwareMinimization(rho=1.0))
@@ -544,13 +593,13 @@ def test_weights_are_restored_by_on_exception_if_the_first_restoration_was_cut(m
 
 
 @pytest.mark.parametrize(("variant", "interval"), [("looksam", 4), ("sam", 4)])
-def test_train_two_epochs_is_train_one_and_resume_one(tmp_path: Path, variant: Any, interval: int) -> None:
+def test_train_two_epochs_is_train_one_and_resume_one(tmp_path: Path, variant: Variant, interval: int) -> None:
     """Six batches per epoch: the second epoch starts between two full steps."""
 
     def run(epochs: int, checkpoint: Path | None = None) -> Module:
         module = Module(make_net("cnn"))
         trainer = make_trainer(SharpnessAwareMinimization(variant=variant, interval=interval), epochs=epochs)
-        trainer.fit(module, make_loader(make_batches()), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, make_loader(), ckpt_path=checkpoint, weights_only=True)
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return module
 
@@ -568,8 +617,7 @@ def test_a_second_fit_starts_afresh() -> None:
 
 
 def test_state_key_tells_the_variants_apart() -> None:
-    keys = {SharpnessAwareMinimization(variant=variant).state_key for variant in ("sam", "looksam")}  # type: ignore[arg-type]
-    assert len(keys) == 2
+    assert SharpnessAwareMinimization().state_key != SharpnessAwareMinimization(variant="looksam").state_key
 
 
 def test_second_pass_is_read_only() -> None:
@@ -590,6 +638,6 @@ def test_second_pass_is_read_only() -> None:
         ({"variant": "gsam", "sync_perturbation": False}, "`sync_perturbation` to be True with variant 'gsam'"),
     ],
 )
-def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(arguments: dict[str, float | str | bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SharpnessAwareMinimization(**arguments)
+        SharpnessAwareMinimization(**arguments)  # type: ignore[arg-type]

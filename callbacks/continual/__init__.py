@@ -1,0 +1,5 @@
+"""Callbacks that keep what earlier tasks taught."""
+
+from lightning_bd.callbacks.continual.elastic_weight_consolidation import ElasticWeightConsolidation
+
+__all__ = ("ElasticWeightConsolidation",)

@@ -1,0 +1,188 @@
+"""The choice of poisoned images against counts and loops."""
+
+import pytest
+import torch
+
+from lightning_bd.functional.draws import keyed_generator
+from lightning_bd.label_maps import AllToAll, LabelMap, SourceSpecific
+from lightning_bd.poisoning import Poison
+from lightning_bd.triggers import BadNets
+
+POSITIONS = torch.arange(500, 900)
+LABELS = torch.arange(400) % 10
+
+
+def prepared(
+    rate: float = 0.1,
+    target: int | LabelMap = 0,
+    clean_label: bool = False,
+    selection: list[int] | None = None,
+    cover_rate: float = 0.0,
+    seed: int = 0,
+) -> Poison:
+    poison = Poison(BadNets(), rate, target, "static", clean_label, selection, cover_rate, seed)
+    poison.prepare((3, 8, 8), num_classes=10)
+    return poison
+
+
+def test_static_choice_is_the_share_sorted_and_fixed() -> None:
+    poisoned, covers = prepared(rate=0.1).choose(LABELS, POSITIONS, "inject")
+    assert len(poisoned) == 40
+    assert len(covers) == 0
+    assert poisoned.tolist() == sorted(set(poisoned.tolist()) & set(POSITIONS.tolist()))
+    again, _ = prepared(rate=0.1).choose(LABELS, POSITIONS, "inject")
+    assert torch.equal(again, poisoned)
+
+
+def test_static_choice_does_not_depend_on_the_order() -> None:
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(3))
+    poison = prepared(rate=0.1, cover_rate=0.2)
+    for one, other in zip(
+        poison.choose(LABELS, POSITIONS, "a"), poison.choose(LABELS[order], POSITIONS[order], "a"), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_static_choice_depends_on_seed_and_split() -> None:
+    chosen = [
+        prepared(seed=seed).choose(LABELS, POSITIONS, split)[0].tolist()
+        for seed, split in ((0, "inject"), (1, "inject"), (0, "defend"))
+    ]
+    assert len({tuple(choice) for choice in chosen}) == 3
+
+
+def test_covers_are_other_images() -> None:
+    poisoned, covers = prepared(rate=0.1, cover_rate=0.2).choose(LABELS, POSITIONS, "inject")
+    assert (len(poisoned), len(covers)) == (40, 80)
+    assert not set(poisoned.tolist()) & set(covers.tolist())
+
+
+def test_clean_label_is_a_share_of_the_target_class() -> None:
+    poisoned, _ = prepared(rate=0.5, target=3, clean_label=True).choose(LABELS, POSITIONS, "inject")
+    assert len(poisoned) == 20
+    assert (LABELS[poisoned - 500] == 3).all()
+
+
+def test_source_specific_chooses_sources_alone() -> None:
+    poisoned, _ = prepared(rate=0.1, target=SourceSpecific([2, 5], 0)).choose(LABELS, POSITIONS, "inject")
+    assert len(poisoned) == 40
+    assert set(LABELS[poisoned - 500].tolist()) == {2, 5}
+
+
+def test_selection_limits_the_choice() -> None:
+    selection = list(range(480, 560))
+    poison = prepared(rate=0.1, selection=selection)
+    poisoned, _ = poison.choose(LABELS, POSITIONS, "inject")
+    assert len(poisoned) == 40
+    assert set(poisoned.tolist()) <= set(selection)
+    rows, _ = prepared(rate=0.5, selection=selection).draw(LABELS, POSITIONS, keyed_generator(0))
+    assert 0 < len(rows) < 60
+    assert set(POSITIONS[rows].tolist()) <= set(selection)
+
+
+def test_dynamic_draw_is_bernoulli() -> None:
+    poison = prepared(rate=0.1, cover_rate=0.2)
+    draws = [poison.draw(LABELS, POSITIONS, keyed_generator(number)) for number in range(100)]
+    counts = torch.tensor([len(rows) for rows, _ in draws], dtype=torch.float64)
+    # 40,000 draws: standard deviation of the share 0.0015; of one batch's count sqrt(400 * 0.1 * 0.9) = 6.
+    assert abs(float(counts.sum()) / 40_000 - 0.1) < 0.006
+    assert 4.5 < float(counts.std()) < 7.5
+    assert abs(sum(len(covers) for _, covers in draws) / 40_000 - 0.2) < 0.008
+    assert all(not set(rows.tolist()) & set(covers.tolist()) for rows, covers in draws)
+    seen = torch.zeros(400)
+    for rows, _ in draws:
+        seen[rows] += 1
+    # Every image has its chance: 10 of 100 batches on average.
+    assert (seen > 0).all()
+    assert float(seen.max()) < 30
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (1.0, 400)])
+def test_dynamic_rate_at_its_ends(rate: float, count: int) -> None:
+    rows, covers = prepared(rate=rate).draw(LABELS, POSITIONS, keyed_generator(0))
+    assert (len(rows), len(covers)) == (count, 0)
+
+
+def test_dynamic_draw_keeps_to_sources_and_target() -> None:
+    rows, _ = prepared(rate=0.9, target=3, clean_label=True).draw(LABELS, POSITIONS, keyed_generator(0))
+    assert set(LABELS[rows].tolist()) == {3}
+    rows, _ = prepared(rate=0.9, target=SourceSpecific([2, 5], 0)).draw(LABELS, POSITIONS, keyed_generator(0))
+    assert set(LABELS[rows].tolist()) == {2, 5}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (3, [True, True, True, False, True]),
+        (AllToAll(), [True, True, True, True, True]),
+        (SourceSpecific([1, 2], 3), [False, True, True, False, False]),
+    ],
+)
+def test_victims_do_not_have_the_attackers_label(target: int | LabelMap, expected: list[bool]) -> None:
+    assert prepared(target=target).victims(torch.tensor([0, 1, 2, 3, 4])).tolist() == expected
+
+
+def test_clean_label_attack_aims_at_the_other_classes() -> None:
+    victims = prepared(target=3, clean_label=True).victims(torch.tensor([0, 3]))
+    assert victims.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_refuses_rates(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"`rate` to be a share in \[0, 1\], but got"):
+        Poison(BadNets(), rate=rate)
+    with pytest.raises(ValueError, match=r"`cover_rate` to be a share in \[0, 1\], but got"):
+        Poison(BadNets(), cover_rate=rate)
+
+
+def test_refuses_rates_that_exceed_one_together() -> None:
+    with pytest.raises(ValueError, match=r"sum to at most 1, but got 0.6 \+ 0.5"):
+        Poison(BadNets(), rate=0.6, cover_rate=0.5)
+
+
+def test_refuses_mode() -> None:
+    with pytest.raises(ValueError, match=r"`mode` to be one of \('static', 'dynamic'\), but got 'both'"):
+        Poison(BadNets(), mode="both")  # type: ignore[arg-type]
+
+
+def test_refuses_clean_label_without_one_target() -> None:
+    with pytest.raises(ValueError, match="`target` to be one class with `clean_label`, but got a label map"):
+        Poison(BadNets(), target=AllToAll(), clean_label=True)
+
+
+def test_refuses_target_outside_the_classes() -> None:
+    with pytest.raises(ValueError, match=r"`target` to be a class in \[0, 10\), but got 10"):
+        prepared(target=10)
+
+
+def test_refuses_trigger_larger_than_the_image() -> None:
+    with pytest.raises(ValueError, match="at most the image's 8 x 8 pixels, but got 9 x 9"):
+        Poison(BadNets(size=9)).prepare((3, 8, 8), 10)
+
+
+def test_refuses_use_before_prepare() -> None:
+    with pytest.raises(RuntimeError, match=r"Poison.prepare\(image_shape, num_classes\) must be called first"):
+        Poison(BadNets()).attacker_labels(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("poison", "count"),
+    [
+        (prepared(rate=0.0), 400),
+        (prepared(rate=0.002), 400),
+        (prepared(rate=0.02, clean_label=True), 40),
+        (prepared(selection=[]), 0),
+        (prepared(selection=[3]), 0),
+    ],
+)
+def test_refuses_a_rate_that_selects_nothing(poison: Poison, count: int) -> None:
+    message = rf"at least one image of split `inject`, but rate .* selects none \({count} may be poisoned\). Raise"
+    with pytest.raises(ValueError, match=message):
+        poison.check_not_empty(LABELS, POSITIONS, "inject")
+    with pytest.raises(ValueError, match=message):
+        poison.choose(LABELS, POSITIONS, "inject")
+
+
+def test_refuses_a_rate_above_the_candidates() -> None:
+    with pytest.raises(ValueError, match=r"at least 80 images .* split `inject` \(rate 0.2\), but only 40 may be"):
+        prepared(rate=0.2, target=SourceSpecific([1], 0)).choose(LABELS, POSITIONS, "inject")
