@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_bd.callbacks import SharpnessAwareMinimization
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bd.backbones import resnet20
+from lightning_bd.callbacks import SharpnessAwareMinimization
 
 
 class Classifier(LightningModule):
@@ -29,7 +29,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.net = resnet20(num_classes=10)
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of images in [0, 1], (B, 3, 32, 32)."""
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss)

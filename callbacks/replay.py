@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
-from lightning_bd.callbacks.isolation import IsolatedPass, RandomState
 from torch.optim import LBFGS, Optimizer
+
+from lightning_bd.callbacks.isolation import IsolatedPass, RandomState
 
 __all__ = ("StepReplay", "check_replayable")
 

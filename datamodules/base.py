@@ -110,7 +110,7 @@ class ImageDataModule(LightningDataModule):
         """Return the training or the test images; subclasses implement this."""
         raise NotImplementedError
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+    def setup(self, stage: str | None = None) -> None:
         """Load the images once, cut the splits and check the poison against them."""
         if self._train is not None:
             return
@@ -282,7 +282,7 @@ class ImageDataModule(LightningDataModule):
         }
         return PoisonManifest.describe(self.poison, dataset, chosen)
 
-    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> Sample | tuple[Tensor, Tensor]:  # noqa: ARG002
+    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> Sample | tuple[Tensor, Tensor]:
         """Finish a raw batch on its device: trigger, augmentation, [0, 1]."""
         if not isinstance(batch, RawBatch):
             raise TypeError(f"Expected a batch of this datamodule's loaders, but got {type(batch).__name__}.")

@@ -79,7 +79,7 @@ class DefenderView(LightningDataModule):
         for raw in loader:
             yield self.on_after_batch_transfer(raw.to(device), 0)
 
-    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Finish a raw batch on its device."""
         if not isinstance(batch, RawBatch):
             raise TypeError(f"Expected a batch of this datamodule's loaders, but got {type(batch).__name__}.")

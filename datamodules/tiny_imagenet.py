@@ -46,6 +46,8 @@ class TinyImageNetDataModule(DiskDataModule):
         """Return the words of every class by its WordNet id, in sorted order."""
         words = dict(line.split("\t", 1) for line in self._lines(folder, "words.txt") if "\t" in line)
         wnids = sorted(line.strip() for line in self._lines(folder, "wnids.txt"))
+        if not wnids:
+            raise self._incomplete(folder, "wnids.txt lists no class")
         return {wnid: words.get(wnid, wnid).strip() for wnid in wnids}
 
     def _train_samples(self, folder: Path, labels: dict[str, int]) -> list[tuple[str, int]]:

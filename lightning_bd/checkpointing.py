@@ -55,7 +55,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing, broken, needs to unpickle other objects, or holds no weights.
     """
     if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint {path}. A finished phase leaves one at <run>/NN_<phase>/final.ckpt.")
+        raise CheckpointError(
+            f"There is no checkpoint {path}. A finished phase leaves one at <run>/NN_<phase>/final.ckpt."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -109,7 +111,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         save_atomically(checkpoint, Path(path))
 
     def load_checkpoint(
-        self, path: str | Path, map_location: object = None, weights_only: bool | None = None  # noqa: ARG002
+        self,
+        path: str | Path,
+        map_location: object = None,
+        weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Read a checkpoint on the CPU without executing anything in it."""
         return read_checkpoint(Path(path))

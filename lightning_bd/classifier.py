@@ -48,6 +48,7 @@ class _Normalize(nn.Module):
 
     def __init__(self, statistics: Normalization) -> None:
         super().__init__()
+        self.statistics = statistics
         self.register_buffer("mean", torch.tensor(statistics.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(statistics.std)[:, None, None], persistent=False)
 
@@ -93,7 +94,7 @@ class BackdoorClassifier(LightningModule):
         criterion: nn.Module | None = None,
         normalize: Normalization | None = None,
         channels_last: bool = False,
-        compile: bool = False,  # noqa: A002
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -106,7 +107,7 @@ class BackdoorClassifier(LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.channels_last = channels_last
         if channels_last:
-            self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.backbone.to(memory_format=torch.channels_last)
         if compile:
             self.backbone.compile()
         self.val_metrics = self._metrics("val/")
@@ -119,22 +120,22 @@ class BackdoorClassifier(LightningModule):
         logits: Tensor = self.backbone(self.normalize(images))
         return logits
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch and log it as ``train/loss``."""
         images, labels = batch[:2]
         loss: Tensor = self.criterion(self(images), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the validation metrics."""
         self._update(self.val_metrics, batch)
 
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the test metrics."""
         self._update(self.test_metrics, batch)
 
-    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return probabilities ``(B, K)`` and labels ``(B,)``."""
         return self(batch[0]).softmax(dim=1), batch[1]
 
@@ -151,7 +152,7 @@ class BackdoorClassifier(LightningModule):
         optimizer = self.optimizer_factory(self.parameters())
         if self.lr_scheduler_factory is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler_factory(optimizer)}  # type: ignore[return-value]
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler_factory(optimizer)}
 
     def _metrics(self, prefix: str) -> MetricCollection:
         return MetricCollection(

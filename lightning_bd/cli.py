@@ -4,12 +4,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.config_files import ConfigError, expand_configs
@@ -35,7 +35,7 @@ class _Parser(LightningArgumentParser):
 class BackdoorCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` for a :class:`BackdoorClassifier` and any image datamodule."""
 
-    def init_parser(self, **kwargs: object) -> LightningArgumentParser:
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of the command or of a subcommand."""
         parser = _Parser(**kwargs)
         parser.add_argument(
@@ -58,12 +58,12 @@ class BackdoorCLI(LightningCLI):
         with tempfile.TemporaryDirectory() as folder:
             self.config = parser.parse_args(expand_configs(sys.argv[1:] if args is None else args, Path(folder)))
 
-    def instantiate_trainer(self, **kwargs: object) -> MultiPhaseTrainer:
+    def instantiate_trainer(self, **kwargs: Any) -> MultiPhaseTrainer:
         """Make the trainer and hand it what only the command line knows."""
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, MultiPhaseTrainer)
         subcommand = str(self.subcommand)
-        config: Namespace = self.config[subcommand]
+        config = self.config[subcommand]
         trainer.fresh = bool(config.get("fresh"))
         trainer.override_trigger = bool(config.get("override_trigger"))
         trainer.resolved_config = self._parser(subcommand).dump(config, skip_none=False)

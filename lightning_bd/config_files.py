@@ -23,9 +23,7 @@ class ConfigError(ValueError):
 def shipped_configs() -> dict[str, Path]:
     """Return the configs that come with the library, by name."""
     folder = Path(str(resources.files("lightning_bd.configs")))
-    return {
-        str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))
-    }
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_config(name: str) -> Path:
@@ -134,10 +132,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for number, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
             if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` is given twice", key_node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 

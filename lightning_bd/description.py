@@ -2,10 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ("Description", "describe", "differences")
@@ -17,7 +19,7 @@ def describe(value: object) -> Description:
     """Describe a value by its class and its constructor's arguments, as far as it keeps them.
 
     Args:
-        value: Anything; plain values and containers describe themselves, modules their parameters' shapes.
+        value: Anything; plain values and containers describe themselves, modules also their parameters' shapes.
 
     Example:
         >>> describe({"split": ("inject",), "rate": 0.1})
@@ -25,25 +27,25 @@ def describe(value: object) -> Description:
     """
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, Path | timedelta | torch.dtype | torch.device):
         return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [describe(item) for item in value]
+    if isinstance(value, Set):
+        return [describe(item) for item in sorted(value, key=repr)]
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)}"
     if isinstance(value, functools.partial):
-        # jsonargparse wraps classes into a partial of its own function; the class is among the arguments.
-        parts = [value.func, *value.args]
+        parts = [part for part in (value.func, *value.args) if not _wraps(part)]
         named: dict[str, Description] = {str(k): describe(v) for k, v in value.keywords.items()}
-        return {"call": [n for n in (_name(part) for part in parts) if n], **named}
+        return {"call": [describe(part) for part in parts], **named}
     if inspect.isclass(value) or inspect.isroutine(value):
         return _name(value)
     described: dict[str, Description] = {"class": _name(type(value))}
     if isinstance(value, nn.Module) and not hasattr(value, "hyperparameters"):
         described["parameters"] = [f"{name} {tuple(p.shape)}" for name, p in value.state_dict().items()]
-        return described
     return described | {name: describe(item) for name, item in _arguments(value).items()}
 
 
@@ -76,15 +78,17 @@ def _arguments(value: object) -> dict[str, object]:
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
-def _name(value: object) -> str:
-    if not (inspect.isclass(value) or inspect.isroutine(value)):
-        return ""
-    name = f"{value.__module__}.{value.__qualname__}"
-    return "" if name.startswith("jsonargparse") or "call_without_instantiate" in name else name
+def _name(value: type | Callable[..., object]) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _wraps(value: object) -> bool:
+    """Whether it is what jsonargparse puts around a class; the class is among the partial's arguments."""
+    return inspect.isfunction(value) and (
+        value.__module__.startswith("jsonargparse") or "call_without_instantiate" in value.__qualname__
+    )
 
 
 def _short(value: Description) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-

@@ -43,7 +43,7 @@ class AllToOne(LabelMap):
     def __init__(self, target: int) -> None:
         self.target = target
 
-    def __call__(self, labels: Tensor, num_classes: int) -> Tensor:  # noqa: ARG002
+    def __call__(self, labels: Tensor, num_classes: int) -> Tensor:
         """Return ``target`` for each label."""
         return torch.full_like(labels, self.target)
 
@@ -108,7 +108,7 @@ class SourceSpecific(LabelMap):
         self.source_classes = list(sources)
         self.target = target
 
-    def __call__(self, labels: Tensor, num_classes: int) -> Tensor:  # noqa: ARG002
+    def __call__(self, labels: Tensor, num_classes: int) -> Tensor:
         """Return ``target`` for labels among the sources, the label itself for others."""
         return torch.where(self.sources(labels), self.target, labels)
 

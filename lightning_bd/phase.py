@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_bd.batch import PoisonMode
 from lightning_bd.callbacks.defense import Defense
 
-__all__ = ("INIT", "Phase", "check_trainer_arguments", "in_order", "name_phases", "phase_parents")
+__all__ = ("INIT", "Phase", "check_phase", "in_order", "name_phases", "phase_parents")
 
 #: What `start_from` calls the run's initial weights.
 INIT = "init"
@@ -70,6 +70,11 @@ class Phase:
 
 
 def name_phases(phases: dict[str, Phase] | list[Phase]) -> dict[str, Phase]:
+    """Return copies of the phases by name, each with its name set.
+
+    Raises:
+        MisconfigurationException: If a name is missing, repeated, or cannot be a folder's.
+    """
     if isinstance(phases, dict):
         for name, phase in phases.items():
             if phase.name not in (None, name):
@@ -89,7 +94,11 @@ def name_phases(phases: dict[str, Phase] | list[Phase]) -> dict[str, Phase]:
 
 
 def phase_parents(phases: Mapping[str, Phase]) -> dict[str, str]:
-    """Return the phase, or ``init``, that each phase starts from."""
+    """Return the phase, or ``init``, that each phase starts from.
+
+    Raises:
+        MisconfigurationException: If ``start_from`` names no phase or closes a circle.
+    """
     parents, before = {}, INIT
     for name, phase in phases.items():
         parents[name] = phase.start_from or before
@@ -118,7 +127,23 @@ def in_order(parents: Mapping[str, str]) -> list[str]:
     return order
 
 
-def check_trainer_arguments(phase: Phase) -> None:
+def check_phase(phase: Phase, phases: Mapping[str, Phase]) -> None:
+    """Check what can be checked of a phase before anything runs.
+
+    Raises:
+        MisconfigurationException: If options contradict each other, or ``trainer`` has one that Trainer lacks.
+    """
+    if phase.lr_scheduler is not None and phase.optimizer is None:
+        raise MisconfigurationException(f"Phase `{phase.name}`: `lr_scheduler` needs an `optimizer` beside it.")
+    if phase.defends and phase.poisoned:
+        raise MisconfigurationException(
+            f"Phase `{phase.name}` defends (by its name, split or a defense), so it cannot be `poisoned`."
+        )
+    for other in phases.values():
+        if other is not phase and any(mine is theirs for mine in phase.callbacks for theirs in other.callbacks):
+            raise MisconfigurationException(
+                f"Phases `{phase.name}` and `{other.name}` share a callback object; give each its own."
+            )
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     for name in phase.trainer:
         if name in _OURS:

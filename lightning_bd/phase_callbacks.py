@@ -3,15 +3,16 @@
 import math
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -44,11 +45,11 @@ class SeedEachBatch(Callback):
         self.seed = seed
         self.phase = phase
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:  # noqa: ARG002
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Seed torch, NumPy and Python."""
         seed = keyed_seed(self.seed, self.phase, "batch", trainer.fit_loop.total_batch_idx, trainer.global_rank)
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
 
@@ -71,10 +72,15 @@ class StopOnNonFiniteLoss(Callback):
         self._first_bad: Tensor | None = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int  # noqa: ARG002
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         """Look at the loss of this step."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor):
             return
         step = trainer.fit_loop.total_batch_idx
@@ -89,7 +95,7 @@ class StopOnNonFiniteLoss(Callback):
         if (step + 1) % self.interval == 0:
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look before the epoch's checkpoint is written."""
         self._look(trainer)
 
@@ -98,8 +104,10 @@ class StopOnNonFiniteLoss(Callback):
             self._stop(trainer, int(step))
 
     def _stop(self, trainer: Trainer, step: int) -> None:
-        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint.is_file() else (
-            "no epoch was complete, so there is no checkpoint of this phase"
+        kept = (
+            f"the last good checkpoint is {self.last_checkpoint}"
+            if self.last_checkpoint.is_file()
+            else ("no epoch was complete, so there is no checkpoint of this phase")
         )
         raise NonFiniteLossError(
             f"Phase `{self.phase}`: the loss is not finite at step {step} (epoch {trainer.current_epoch}); {kept}. "
@@ -119,11 +127,11 @@ class ElapsedTime(Callback):
         """Seconds so far."""
         return self._before + (0.0 if self._start is None else time.perf_counter() - self._start)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._before, self._start = self.seconds, None
 
@@ -161,11 +169,11 @@ class RunRecord(Callback):
             "tensors": {} if self.manifest is None else dict(self.manifest.tensors),
         }
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record."""
         checkpoint[RECORD_KEY] = {**self.content(), "processes": trainer.world_size}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another number of processes: its epochs were cut up differently."""
         processes = checkpoint.get(RECORD_KEY, {}).get("processes", trainer.world_size)
         if processes != trainer.world_size:
@@ -189,7 +197,7 @@ class TriggerPreview(Callback):
         self.file = folder / "trigger.png"
         self.count = count
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the grid, once per run."""
         poison = self.datamodule.poison
         if poison is None or not trainer.is_global_zero or self.file.is_file():

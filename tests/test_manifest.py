@@ -91,20 +91,30 @@ class Stripe(BadNets):
 
 def test_a_users_trigger_must_be_given() -> None:
     manifest = described(Stripe())
-    with pytest.raises(ValueError, match="trigger 'Stripe' is not one of lightning_bd.triggers .* Give a config"):
+    with pytest.raises(ValueError, match=r"trigger 'Stripe' is not one of lightning_bd.triggers .* Give a config"):
         manifest.build_trigger()
     assert type(manifest.build_trigger(known=Stripe)) is Stripe
 
 
 @pytest.mark.parametrize(
     "name",
-    ["os.system", "Trigger", "TensorSpec", "__import__", "builtins.eval", "base", "BadNets.__init__", "", "torch.nn.Linear"],
+    [
+        "os.system",
+        "Trigger",
+        "TensorSpec",
+        "__import__",
+        "builtins.eval",
+        "base",
+        "BadNets.__init__",
+        "",
+        "torch.nn.Linear",
+    ],
 )
 def test_refuses_other_classes(name: str) -> None:
     manifest = described(BadNets())
-    with pytest.raises(ValueError, match="trigger '.*' is not one of lightning_bd.triggers"):
+    with pytest.raises(ValueError, match=r"trigger '.*' is not one of lightning_bd.triggers"):
         replace(manifest, trigger={"class": name, "arguments": {}}).build_trigger()
-    with pytest.raises(ValueError, match="label map '.*' is not one of AllToAll, AllToOne, SourceSpecific"):
+    with pytest.raises(ValueError, match=r"label map '.*' is not one of AllToAll, AllToOne, SourceSpecific"):
         replace(manifest, label_map={"class": name, "arguments": {}}).build_label_map()
 
 

@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_bd.callbacks.continual.quadratic_penalty import QuadraticPenalty
 from torch import Tensor
 from torch.optim import LBFGS
 
+from lightning_bd.callbacks.continual.quadratic_penalty import QuadraticPenalty
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.fisher import FisherKind, fisher_sums
 
@@ -141,8 +141,8 @@ class ElasticWeightConsolidation(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: object,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        batch: object,
+        batch_idx: int,
     ) -> None:
         """Log the penalty after the steps that the loggers record."""
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -156,11 +156,11 @@ class ElasticWeightConsolidation(Callback):
             loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
             pl_module.log("ewc/share", penalty / (loss + penalty), on_step=True, on_epoch=False, batch_size=1)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module's parameters."""
         self._penalty = None
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module's parameters; the state stays, for a checkpoint that is saved after the fit."""
         self._penalty = None
 

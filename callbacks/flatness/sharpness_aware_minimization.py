@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_bd.callbacks.isolation import copy_tensors, overwrite
-from lightning_bd.callbacks.replay import StepReplay, check_replayable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bd.callbacks.isolation import copy_tensors, overwrite
+from lightning_bd.callbacks.replay import StepReplay, check_replayable
 from lightning_bd.functional.perturbations import (
     asam_perturbation,
     global_norm,
@@ -138,22 +138,22 @@ class SharpnessAwareMinimization(Callback):
         self._direction = {position: part.to(pl_module.device) for position, part in self._direction.items()}
         self._replay = StepReplay(trainer, pl_module, self._is_due, self._finish_gradient, self.sync_perturbation)
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:  # noqa: ARG002
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Forget the batches whose gradients are about to be dropped."""
         if self._replay is not None:
             self._replay.forget()
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:  # noqa: ARG002
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the batch whose gradient is about to be added."""
         if self._replay is not None:
             self._replay.keep()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the weights unperturbed and the strategy as it was."""
         self._restore_weights()
         self._stop()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy as it was."""
         self._stop()
 

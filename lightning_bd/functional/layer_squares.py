@@ -104,8 +104,11 @@ def _add_unfolded(layer: nn.Conv2d, x: Tensor, gradient: Tensor, total: Tensor, 
 
 def _add_batch_norm(layer: nn.Module, x: Tensor, gradient: Tensor, totals: dict[str, Tensor], memory: int) -> None:
     assert isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, variance = layer.running_mean.to(x), layer.running_var.to(x)
     for part, direction in in_parts(x, gradient, max(1, memory // x[0].nbytes)):
-        normalised = F.batch_norm(part, layer.running_mean, layer.running_var, eps=layer.eps)
+        normalised = F.batch_norm(part, mean, variance, eps=layer.eps)
         _add_scale_and_shift(normalised.unsqueeze(-1).flatten(2), direction.unsqueeze(-1).flatten(2), totals, 2)
 
 

@@ -133,7 +133,7 @@ class Trigger(nn.Module, ABC):
         self._prepare(images)
         return self._transform(images)
 
-    def cover(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002
+    def cover(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Change images as a *cover sample* is changed: the pixels move, the label will stay.
 
         Cover samples teach a model to answer to the exact trigger only. Here they are the triggered images

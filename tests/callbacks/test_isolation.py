@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from lightning_bd.callbacks import SharpnessAwareMinimization
-from lightning_bd.callbacks.isolation import IsolatedPass, RandomState, copy_tensors, overwrite
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision
+
+from lightning_bd.callbacks import SharpnessAwareMinimization
+from lightning_bd.callbacks.isolation import IsolatedPass, RandomState, copy_tensors, overwrite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
 from lightning_bd.callbacks import SharpnessAwareMinimization
 from lightning_bd.callbacks.replay import StepReplay, check_replayable
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

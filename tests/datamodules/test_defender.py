@@ -15,6 +15,9 @@ from lightning_bd.manifest import PoisonManifest
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import BadNets, Trigger
 
+# Lightning 2.6 on torch 2.15.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
 DEFEND = PhaseData("defend", ("defend",), batch_size=16)
 
 
@@ -25,7 +28,11 @@ def poisoned_digits(mode: str = "static") -> DigitsDataModule:
 
 def everything(view: DefenderView) -> list[Tensor]:
     return [
-        tensor for part in ("train", "validation") for epoch in (0, 1) for pair in view.batches(part, epoch=epoch) for tensor in pair
+        tensor
+        for part in ("train", "validation")
+        for epoch in (0, 1)
+        for pair in view.batches(part, epoch=epoch)
+        for tensor in pair
     ]
 
 
@@ -117,7 +124,9 @@ def test_training_is_shuffled_and_augmented_and_validation_is_not() -> None:
     for one, other in zip(view.batches("validation", epoch=0), view.batches("validation", epoch=1), strict=True):
         assert torch.equal(one[0], other[0])
     positions = view._parts["validation"]
-    assert torch.equal(torch.cat([image for image, _ in view.batches("validation")]), view._images.read(positions) / 255)
+    assert torch.equal(
+        torch.cat([image for image, _ in view.batches("validation")]), view._images.read(positions) / 255
+    )
 
 
 def test_files_hold_the_split_alone(file_images: FileImages) -> None:
@@ -178,7 +187,7 @@ def test_refuses_validation(validation: float) -> None:
 
 def test_refuses_too_few_images() -> None:
     images = TensorImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), "ab")
-    with pytest.raises(ValueError, match="split `validation` .* gets no image of class 0, which has 2"):
+    with pytest.raises(ValueError, match=r"split `validation` .* gets no image of class 0, which has 2"):
         DefenderView(images, batch_size=2)
 
 

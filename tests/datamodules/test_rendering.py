@@ -43,7 +43,7 @@ def make_raw(mode: Literal["static", "dynamic"], augmented: bool = True) -> RawB
 def augmented(image: Tensor, number: int) -> Tensor:
     top, left = OFFSETS[number].tolist()
     window = tv.crop(tv.pad(image, [1]), top, left, 8, 8)
-    return tv.hflip(window) if FLIPS[number] else window
+    return torch.as_tensor(tv.hflip(window) if FLIPS[number] else window)
 
 
 def as_a_file(image: Tensor) -> Tensor:
@@ -88,9 +88,7 @@ def test_labels_and_flags(mode: Literal["static", "dynamic"]) -> None:
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("with_augmentation", [True, False])
-def test_a_raw_batch_always_gives_the_same_sample(
-    mode: Literal["static", "dynamic"], with_augmentation: bool
-) -> None:
+def test_a_raw_batch_always_gives_the_same_sample(mode: Literal["static", "dynamic"], with_augmentation: bool) -> None:
     raw, poison = make_raw(mode, with_augmentation), prepared(Blended(), mode)
     before = IMAGES.clone()
     first, second = render(raw, poison, 1), render(raw, poison, 1)
@@ -185,9 +183,7 @@ def test_to_bytes_rounds_and_clamps() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_the_device_does_not_matter(mode: Literal["static", "dynamic"]) -> None:
-    raw = replace(
-        make_raw(mode), cover_rows=torch.tensor([0, 3]), cover_seeds=(7, 8) if mode == "static" else (7,)
-    )
+    raw = replace(make_raw(mode), cover_rows=torch.tensor([0, 3]), cover_seeds=(7, 8) if mode == "static" else (7,))
     for trigger in (BadNets(), Blended(), WaNet()):
         poison = prepared(trigger, mode)
         here = render(raw, poison, 1)

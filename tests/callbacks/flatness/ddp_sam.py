@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_bd.callbacks import SharpnessAwareMinimization
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bd.callbacks import SharpnessAwareMinimization
 
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "sam": ({}, 1, {}),

@@ -13,11 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from lightning_bd.callbacks import SharpnessAwareMinimization
-from lightning_bd.callbacks.isolation import overwrite
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bd.callbacks import SharpnessAwareMinimization
+from lightning_bd.callbacks.isolation import overwrite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

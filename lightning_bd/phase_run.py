@@ -1,0 +1,334 @@
+"""Running the phases: one folder, one fresh Trainer and one result each."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import lightning
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+from lightning_bd.batch import PoisonMode
+from lightning_bd.callbacks.defense import Defense
+from lightning_bd.checkpointing import (
+    RECORD_KEY,
+    AtomicCheckpointIO,
+    check_weights,
+    read_checkpoint,
+    save_atomically,
+)
+from lightning_bd.classifier import BackdoorClassifier
+from lightning_bd.datamodules import ImageDataModule, PhaseData
+from lightning_bd.description import Description, describe
+from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.phase import INIT, Phase
+from lightning_bd.phase_callbacks import ElapsedTime, RunRecord, SeedEachBatch, StopOnNonFiniteLoss, TriggerPreview
+from lightning_bd.phase_logger import PhaseTensorBoardLogger
+from lightning_bd.quiet import expected_warnings, quiet, seed_globals
+from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder
+
+__all__ = ("PhaseRun", "is_first_process")
+
+# Trainer arguments that may differ between two attempts at one run.
+_FREE = {
+    "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_progress_bar",
+    "log_every_n_steps", "logger", "max_epochs", "plugins", "profiler",
+}  # fmt: skip
+# Options of the data that do not change what a batch is; the images themselves are known by their SHA-256.
+_SAME_DATA = {"root", "download", "num_workers", "in_memory", "batch_format"}
+
+
+class PhaseRun:
+    """One run of a tree of phases.
+
+    Args:
+        phases: Name -> phase.
+        parents: The phase, or ``init``, that each starts from.
+        model: The model; its weights change from phase to phase.
+        datamodule: The data.
+        arguments: Arguments of each phase's Trainer.
+        processes: Number of processes.
+        config: The resolved config as YAML, saved with the run and its checkpoints.
+
+    Raises:
+        MisconfigurationException: If the data lacks what a phase needs, or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        phases: Mapping[str, Phase],
+        parents: Mapping[str, str],
+        model: LightningModule,
+        datamodule: ImageDataModule,
+        *,
+        arguments: Mapping[str, Any],
+        processes: int = 1,
+        config: str | None = None,
+    ) -> None:
+        self._phases = phases
+        self._parents = parents
+        self._model = model
+        self._datamodule = datamodule
+        self._arguments = arguments
+        self._processes = processes
+        self._config = config
+        self._data = {name: _phase_data(phase, datamodule) for name, phase in phases.items()}
+        self.folder = RunFolder(Path(arguments.get("default_root_dir") or Path.cwd()), list(phases))
+        for data in self._data.values():
+            datamodule.set_phase(data)
+        wanted = getattr(model, "num_classes", datamodule.num_classes)
+        if wanted != datamodule.num_classes:
+            raise MisconfigurationException(
+                f"The model has `num_classes` {wanted}, but {type(datamodule).__name__} has {datamodule.num_classes}."
+            )
+
+    def open_folder(self, *, fresh: bool = False) -> None:
+        """Make the run's folder, or check that the one there belongs to this run.
+
+        Args:
+            fresh: Rename an existing folder and start over.
+
+        Raises:
+            MisconfigurationException: If the folder belongs to another run.
+        """
+        if not is_first_process():
+            return
+        if fresh and (old := self.folder.rename_old()) is not None:
+            rank_zero_info(f"The old run was renamed to {old}.")
+        phases = {name: self._describe_phase(phase) for name, phase in self._phases.items()}
+        self.folder.open(self._describe_run(), phases)
+        if self._config is not None:
+            (self.folder.root / "config.yaml").write_text(self._config, encoding="utf-8")
+        manifest = self._datamodule.manifest(tuple(self._data.values()))
+        if manifest is not None:
+            manifest.save(self.folder.root)
+        if not self.folder.initial.is_file():
+            save_atomically({"state_dict": self._model.state_dict()}, self.folder.initial)
+
+    def load_final(self, name: str) -> None:
+        """Give the model the final weights of a finished phase."""
+        self._load(self.folder.phase(name).final)
+
+    def run(self, name: str) -> None:
+        """Run one phase, whose parent has finished, unless it has finished before.
+
+        Args:
+            name: The phase.
+        """
+        phase, parent, here = self._phases[name], self._parents[name], self.folder.phase(name)
+        if here.result() is not None:
+            rank_zero_info(f"Phase `{name}` is finished: skipped.")
+            return
+        rank_zero_info(f"Phase `{name}`: {self._summary(phase)}")
+        if is_first_process():
+            self.folder.start_phase(name, self._describe_phase(phase))
+        self._datamodule.set_phase(self._data[name], None if parent == INIT else self._data[parent])
+        parent_result = None if parent == INIT else self.folder.phase(parent).result()
+        first_step = 0 if parent_result is None else parent_result.steps
+        loggers = self._loggers(here.path, first_step)
+        if here.final.is_file():
+            record = self._load(here.final)
+        else:
+            self._load(self.folder.initial if parent == INIT else self.folder.phase(parent).final)
+            seed_globals(keyed_seed(self._datamodule.run_seed, name, "start"))
+            record = self._train(phase, here, loggers)
+        last_step = first_step + record["steps"]
+        for logger in loggers:
+            if isinstance(logger, PhaseTensorBoardLogger):
+                logger.first_step = last_step
+        tester = self._fresh_trainer(Phase("test"), logger=loggers, enable_progress_bar=False, callbacks=[])
+        with quiet(), expected_warnings():
+            metrics = tester.test(self._model, datamodule=self._datamodule, verbose=False)[0]
+        if is_first_process():
+            here.finish(
+                PhaseResult(
+                    phase=name,
+                    start_from=parent,
+                    clean_accuracy=metrics.get("test/clean_accuracy"),
+                    attack_success_rate=metrics.get("test/attack_success_rate"),
+                    robust_accuracy=metrics.get("test/robust_accuracy"),
+                    epochs=record["epochs"],
+                    seconds=round(record["seconds"], 2),
+                    steps=last_step,
+                    note=record["note"],
+                    values=record["values"],
+                )
+            )
+            self.folder.write_results()
+        tester.strategy.barrier("phase finished")
+
+    def _train(self, phase: Phase, here: PhaseFolder, loggers: list[Logger]) -> dict[str, Any]:
+        """Fit one phase and write its final checkpoint; return what the checkpoint says of the fit."""
+        assert phase.name is not None
+        data: LightningDataModule = self._datamodule
+        if phase.defends:
+            data = view = self._datamodule.defender_view(self._data[phase.name])
+            view.epoch_limit = self._arguments.get("max_epochs")
+        manifest = self._datamodule.manifest(tuple(self._data[name] for name in self._lineage(phase.name)))
+        elapsed, run_record = ElapsedTime(), RunRecord(phase.name, manifest, self._config)
+        callbacks = [*copy.deepcopy(self._arguments.get("callbacks") or []), *phase.callbacks]
+        preview = [TriggerPreview(self._datamodule, self.folder.root)] if self._data[phase.name].poison else []
+        trainer = self._fresh_trainer(
+            phase,
+            logger=loggers,
+            default_root_dir=here.path,
+            max_epochs=self._epochs(phase),
+            num_sanity_val_steps=0,  # they would draw from the global random state before training
+            callbacks=[
+                SeedEachBatch(self._datamodule.run_seed, phase.name),
+                StopOnNonFiniteLoss(phase.name, here.last),
+                elapsed,
+                *callbacks,
+                *preview,
+                run_record,
+                _checkpoint_each_epoch(here.checkpoints),
+            ],
+        )
+        resume = here.last.is_file()
+        if resume:
+            rank_zero_info(f"Phase `{phase.name}` was cut: it goes on after its last complete epoch.")
+        with _optimizer_of(phase, self._model), expected_warnings(), quiet():
+            trainer.fit(self._model, datamodule=data, ckpt_path=here.last if resume else None, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt(f"Phase `{phase.name}` was interrupted; the same command continues it.")
+        reports = [c.report for c in callbacks if isinstance(c, Defense) and c.report is not None]
+        record = {
+            "epochs": trainer.current_epoch + sum(report.epochs for report in reports),
+            "steps": trainer.global_step,
+            "seconds": elapsed.seconds,
+            "note": "; ".join(report.note for report in reports if report.note),
+            "values": {key: float(value) for report in reports for key, value in report.values.items()},
+        }
+        if trainer.is_global_zero:
+            final = {
+                "state_dict": self._model.state_dict(),
+                "pytorch-lightning_version": lightning.__version__,
+                "epoch": trainer.current_epoch,
+                "global_step": trainer.global_step,
+                RECORD_KEY: {**run_record.content(), "result": record},
+            }
+            save_atomically(final, here.final)
+        trainer.strategy.barrier("final checkpoint")
+        return record
+
+    def _fresh_trainer(self, phase: Phase, **ours: Any) -> Trainer:
+        arguments = {**self._arguments, **phase.trainer, **ours}
+        arguments["strategy"] = copy.deepcopy(arguments.get("strategy", "auto"))
+        arguments["use_distributed_sampler"] = False  # our loaders know their rank
+        plugins = arguments.get("plugins") or []
+        plugins = [*plugins] if isinstance(plugins, Sequence) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        arguments["plugins"] = plugins
+        arguments["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in arguments["callbacks"])
+        if arguments.get("enable_model_summary") is None:
+            arguments["enable_model_summary"] = False
+        with quiet():
+            return Trainer(**arguments)
+
+    def _loggers(self, path: Path, first_step: int) -> list[Logger]:
+        given = self._arguments.get("logger")
+        if given is None or given is True:
+            return [PhaseTensorBoardLogger(path, first_step)]
+        if given is False:
+            return []
+        return list(given) if isinstance(given, Sequence) else [given]
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        checkpoint = read_checkpoint(path)
+        check_weights(self._model, checkpoint["state_dict"], path)
+        self._model.load_state_dict(checkpoint["state_dict"])
+        record: dict[str, Any] = checkpoint.get(RECORD_KEY, {}).get("result", {})
+        return record
+
+    def _epochs(self, phase: Phase) -> int:
+        cap = self._arguments.get("max_epochs")
+        epochs = phase.max_epochs if phase.max_epochs is not None else cap
+        if epochs is None:
+            raise MisconfigurationException(f"Phase `{phase.name}` has no `max_epochs`, and neither has the trainer.")
+        return int(epochs if cap is None or cap < 0 else min(epochs, cap))
+
+    def _lineage(self, name: str) -> list[str]:
+        names = [name]
+        while (parent := self._parents[names[0]]) != INIT:
+            names.insert(0, parent)
+        return names
+
+    def _summary(self, phase: Phase) -> str:
+        split = " + ".join(phase.splits) or "all training images"
+        kind = "a defender's view" if phase.defends else "poisoned" if phase.poisoned else "clean"
+        epochs = self._epochs(phase)
+        length = f"{epochs} epochs" if epochs else "trained by its defense"
+        return f"{split} ({kind}), {length}, from `{self._parents[phase.name or '']}`"
+
+    def _describe_run(self) -> dict[str, Description]:
+        model, data = describe(self._model), describe(self._datamodule)
+        assert isinstance(model, dict)
+        assert isinstance(data, dict)
+        if isinstance(self._model, BackdoorClassifier):
+            model["optimizer"] = describe(self._model.optimizer_factory)
+            model["lr_scheduler"] = describe(self._model.lr_scheduler_factory)
+        data = {name: value for name, value in data.items() if name not in _SAME_DATA}
+        return {
+            "model": model,
+            "data": {**data, "sha256": self._datamodule.fingerprint()},
+            "seed": self._datamodule.run_seed,
+            "processes": self._processes,
+            "trainer": {k: describe(v) for k, v in self._arguments.items() if k not in _FREE and v is not None},
+        }
+
+    def _describe_phase(self, phase: Phase) -> dict[str, Description]:
+        described = {item.name: describe(getattr(phase, item.name)) for item in fields(phase)}
+        return {**described, "max_epochs": self._epochs(phase), "start_from": self._parents[phase.name or ""]}
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the first of the run; also before any Trainer started the others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _phase_data(phase: Phase, datamodule: ImageDataModule) -> PhaseData:
+    mode: PoisonMode | None = None
+    if phase.poisoned is True:
+        mode = datamodule.poison.mode if datamodule.poison is not None else "dynamic"
+    elif phase.poisoned is not False:
+        mode = phase.poisoned
+    return PhaseData(phase.name or "", phase.splits, mode, phase.batch_size)
+
+
+def _checkpoint_each_epoch(folder: Path) -> ModelCheckpoint:
+    # `save_last=True` writes nothing unless a best checkpoint was saved at the same step (Lightning 2.6).
+    return ModelCheckpoint(
+        folder, filename="last", monitor=None, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def _optimizer_of(phase: Phase, model: LightningModule) -> Iterator[None]:
+    """Let the model configure the phase's optimizer and scheduler inside the block."""
+    if phase.optimizer is None:
+        yield
+        return
+    make_optimizer, make_scheduler = phase.optimizer, phase.lr_scheduler
+
+    def configure_optimizers(self: LightningModule) -> OptimizerLRScheduler:
+        optimizer = make_optimizer(self.parameters())
+        if make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": make_scheduler(optimizer)}
+
+    model.configure_optimizers = MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.__dict__["configure_optimizers"]
