@@ -3,7 +3,7 @@
 Plain and penalised fits alternate, each pair in the other order than the one before; a second plain fit beside each
 pair tells how far two equal fits are apart on this machine.
 
-    python benchmarks/ewc_step.py --device cpu --steps 20 --pairs 7
+    python benchmarks/ewc_step.py --device cpu --steps 20 --pairs 5
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()

@@ -22,7 +22,7 @@ def loop(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Square the gradient of one sample after the other; as fast as plain autograd allows."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     sums = [torch.zeros_like(p) for p in parameters]
-    for x, y in zip(images.split(1), labels.split(1), strict=True):
+    for x, y in zip(images[:, None], labels[:, None], strict=True):
         gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
         torch._foreach_addcmul_(sums, list(gradients), list(gradients))
     return {name: total / len(images) for name, total in zip(names, sums, strict=True)}

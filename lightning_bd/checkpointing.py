@@ -2,44 +2,74 @@
 
 import os
 import pickle
-import tempfile
-from collections.abc import Mapping
+import re
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 
-__all__ = ("RECORD_KEY", "AtomicCheckpointIO", "CheckpointError", "check_weights", "read_checkpoint", "save_atomically")
+__all__ = (
+    "RECORD_KEY",
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "check_weights",
+    "open_atomically",
+    "read_checkpoint",
+    "save_atomically",
+)
 
 #: Our own entry in a checkpoint; Lightning does not look at it.
 RECORD_KEY = "lightning_bd"
+
+# What torch.load raises for files that are cut or have wrong bytes.
+_BROKEN = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error,
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, broken, not to be trusted, or does not fit the model."""
 
 
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing so that ``path`` is either the old file or, after the block, the whole new one.
+
+    Written to a temporary file in the same folder, flushed to disk, then renamed; after an exception it is removed.
+
+    Args:
+        path: Where; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not of `tempfile`, whose files only their owner may read.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def save_atomically(value: object, path: Path) -> None:
     """Write ``value`` with ``torch.save`` so that ``path`` is either the old file or the whole new one.
-
-    Written to a temporary file in the same folder, flushed to disk, then renamed.
 
     Args:
         value: Tensors and plain builtins.
         path: Where; its folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    Path(file.name).replace(path)
+    with open_atomically(path) as file:
+        torch.save(value, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -61,13 +91,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # The rest of torch's message advises to load it all the same.
+        reason = re.search(r".*(GLOBAL|Unsupported|Unsafe).*", str(error))
         raise CheckpointError(
             f"Refused to load {path}: it holds more than tensors and plain values, so that loading it could run code "
-            f"of whoever made it. Nothing was executed. ({reason})"
+            f"of whoever made it. Nothing was executed.{f' ({reason[0].strip()})' if reason else ''}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"Cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+    except _BROKEN as error:
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"Cannot read the checkpoint {path}: the file is broken. ({problem})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no `state_dict`.")
     return checkpoint

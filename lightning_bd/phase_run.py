@@ -81,6 +81,8 @@ class PhaseRun:
         self._arguments = arguments
         self._processes = processes
         self._config = config
+        if is_first_process():
+            datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
         self._data = {name: _phase_data(phase, datamodule) for name, phase in phases.items()}
         self.folder = RunFolder(Path(arguments.get("default_root_dir") or Path.cwd()), list(phases))
         for data in self._data.values():

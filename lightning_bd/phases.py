@@ -68,6 +68,8 @@ class MultiPhaseTrainer(Trainer):
         self.fresh = False
         #: Evaluate with the config's trigger although the checkpoint has another.
         self.override_trigger = False
+        #: Print the results table when the run ends.
+        self.show_results = True
         #: The resolved config as YAML, saved with the run and in its checkpoints.
         self.resolved_config: str | None = None
         for phase in self.phases.values():
@@ -122,7 +124,7 @@ class MultiPhaseTrainer(Trainer):
             for name in in_order(self._parents):
                 run.run(name)
             run.load_final(next(reversed(self.phases)))
-        if is_first_process():
+        if self.show_results and is_first_process():
             print_results(run.folder.results(), run.folder.root)
 
     def validate(  # type: ignore[override]

@@ -1,9 +1,8 @@
 """What a run leaves on disk, and how the same command finds its place in it again."""
 
 import csv
+import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_bd.checkpointing import open_atomically
 from lightning_bd.description import Description, differences
 
 __all__ = ("PhaseFolder", "PhaseResult", "RunFolder")
@@ -139,18 +139,14 @@ class RunFolder:
     def write_results(self) -> None:
         """Write ``results.csv`` from the finished phases."""
         columns = [name for name in PhaseResult.__dataclass_fields__ if name != "values"]
-        rows = [asdict(result) for result in self.results()]
-        with tempfile.NamedTemporaryFile("w", dir=self.root, delete=False, newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        Path(file.name).replace(self.root / "results.csv")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in self.results())
+        write_text_atomically(self.root / "results.csv", text.getvalue())
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small text file so that it is either the old one or the whole new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    with open_atomically(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,105 @@
+"""Figures of a run's results and of a study of learning rates."""
+
+import csv
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ("plot_learning_rates", "plot_results", "read_rows")
+
+# Okabe and Ito's palette: told apart with any kind of colour vision.
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file's rows.
+
+    Args:
+        path: Such as a run's ``results.csv``.
+
+    Raises:
+        ValueError: If the file is missing or has no row.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no {path}. A run writes results.csv into its folder after each phase.")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no row yet: no phase has finished.")
+    return rows
+
+
+def plot_results(results: Path, figure: Path, title: str = "") -> None:
+    """Draw clean accuracy, attack success and robust accuracy after each phase as bars.
+
+    Args:
+        results: A run's ``results.csv``.
+        figure: The PNG file to write.
+        title: Above the figure.
+    """
+    rows = read_rows(results)
+    canvas = Figure(figsize=(1.8 + 1.25 * len(rows), 4.2), dpi=150, layout="constrained")
+    axes = canvas.add_subplot()
+    series = (
+        ("clean_accuracy", "clean accuracy", _BLUE, ""),
+        ("attack_success_rate", "attack success rate", _ORANGE, "//"),
+        ("robust_accuracy", "robust accuracy", _GREEN, ".."),
+    )
+    for number, (column, label, color, hatch) in enumerate(series):
+        known = [(place, 100 * float(row[column])) for place, row in enumerate(rows) if row[column]]
+        places = [place + 0.27 * (number - 1) for place, _ in known]
+        values = [value for _, value in known]
+        bars = axes.bar(places, values, 0.25, label=label, color=color, hatch=hatch, edgecolor="white")
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    names = [f"{row['phase']}\nfrom {row['start_from']}" for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    _percent_axis(axes, "test images (%)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False, fontsize=8)
+    if title:
+        canvas.suptitle(title, fontsize=10)
+    canvas.savefig(figure)
+
+
+def plot_learning_rates(study: Path, figure: Path, title: str = "") -> None:
+    """Draw attack success and clean accuracy after fine-tuning over its learning rate: mean and range over seeds.
+
+    Args:
+        study: CSV with columns ``model``, ``learning_rate``, ``seed``, ``clean_accuracy``, ``attack_success_rate``.
+        figure: The PNG file to write.
+        title: Above the figure.
+    """
+    rows = read_rows(study)
+    canvas = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
+    panels = canvas.subplots(1, 2)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    rates = sorted({float(row["learning_rate"]) for row in rows})
+    seeds = len({row["seed"] for row in rows})
+    panels_shown = (("attack_success_rate", "attack success rate (%)"), ("clean_accuracy", "clean accuracy (%)"))
+    for axes, (column, label) in zip(panels, panels_shown, strict=True):
+        for model, color, marker in zip(models, (_ORANGE, _BLUE, _GREEN), "so^", strict=False):
+            groups = [
+                [100 * float(r[column]) for r in rows if r["model"] == model and float(r["learning_rate"]) == rate]
+                for rate in rates
+            ]
+            means = [statistics.mean(group) for group in groups]
+            below = [mean - min(group) for mean, group in zip(means, groups, strict=True)]
+            above = [max(group) - mean for mean, group in zip(means, groups, strict=True)]
+            axes.errorbar(
+                range(len(rates)), means, yerr=(below, above), label=model, color=color, marker=marker, capsize=4
+            )
+        axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set_xlabel("learning rate of fine-tuning")
+        _percent_axis(axes, label)
+    panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    canvas.suptitle(f"{title} (mean and range of {seeds} seeds)".strip(), fontsize=10)
+    canvas.savefig(figure)
+
+
+def _percent_axis(axes: Axes, label: str) -> None:
+    axes.set_ylim(0, 105)
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
