@@ -3,7 +3,6 @@
 import copy
 import difflib
 import re
-from collections.abc import Hashable
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
@@ -58,10 +57,12 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.load(file, _UniqueKeyLoader)  # noqa: S506 (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read the config {path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"The config {path} is not a mapping.")
+    if config.get("trainer") is None:
+        config.pop("trainer", None)
     _check_phases(config, path)
     return config
 
@@ -114,7 +115,10 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_phases(config: dict[str, Any], path: Path) -> None:
-    phases = (config.get("trainer") or {}).get("phases") or {}
+    trainer = config.get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise ConfigError(f"{path}: `trainer` must be a mapping, but is {trainer!r}.")
+    phases = trainer.get("phases") or {}
     if not isinstance(phases, dict):
         raise ConfigError(f"{path}: `trainer.phases` must map names to phases, so that overrides can name them.")
     known = [field.name for field in fields(Phase)]
@@ -131,14 +135,15 @@ def _check_phases(config: dict[str, Any], path: Path) -> None:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given twice", key_node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Looked at before `<<` is resolved, for a merged key may be given again.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key `{key.value}` is given twice", problem_mark=key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 # PyYAML reads 1e-3 as a string, YAML 1.2 as a number.

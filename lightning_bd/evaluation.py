@@ -33,9 +33,13 @@ def use_manifest_of(
         ValueError: If the manifest is broken or does not fit the images.
     """
     record = checkpoint.get(RECORD_KEY) or {}
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{path}: expected the record with the poison manifest to be a mapping, but got {record!r:.80}."
+        )
     if not record.get("manifest"):
         return
-    manifest = PoisonManifest.from_plain(record["manifest"], record["tensors"])
+    manifest = PoisonManifest.from_plain(record["manifest"], record.get("tensors"))
     config = datamodule.manifest()
     if config is not None:
         found = manifest.differences(config)

@@ -212,7 +212,7 @@ class TriggerPreview(Callback):
         scale = max(1, 96 // clean.shape[2])
         rows = torch.cat([clean, triggered, residual])
         rows = rows.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-        grid = make_grid(rows, nrow=len(chosen), padding=4, pad_value=1.0)
+        grid = make_grid(rows, nrow=len(chosen), padding=4, pad_value=0.5)
         save_image(grid, self.file)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

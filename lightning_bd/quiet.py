@@ -32,6 +32,10 @@ def expected_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging")
         # No split `val`, no validation.
         warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
+        # A cut phase goes on in its own folder.
+        warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+        # A module of the user's need not validate.
+        warnings.filterwarnings("ignore", message=r"You passed in a `val_dataloader` but have no `validation_step`")
         # Lightning 2.6 with torch 2.14 and later.
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
         yield

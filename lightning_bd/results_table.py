@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_bd.run_folder import PhaseResult
 
@@ -26,7 +27,7 @@ def results_table(results: Sequence[PhaseResult]) -> Table:
     for row in results:
         rates = (row.clean_accuracy, row.attack_success_rate, row.robust_accuracy)
         shown = ["unknown" if rate is None else f"{100 * rate:.1f}" for rate in rates]
-        table.add_row(row.phase, row.start_from, *shown, str(row.epochs), f"{row.seconds:.1f}", row.note)
+        table.add_row(row.phase, row.start_from, *shown, str(row.epochs), f"{row.seconds:.1f}", Text(row.note))
     return table
 
 
@@ -54,4 +55,4 @@ def print_results(results: Sequence[PhaseResult], folder: Path) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print(results_table(results))
-    console.print(f"Results, checkpoints and TensorBoard logs: {folder}", soft_wrap=True)
+    console.print(f"Results, checkpoints and TensorBoard logs: {folder}", soft_wrap=True, markup=False)

@@ -1,12 +1,15 @@
 """What a run leaves on disk, and how the same command finds its place in it again."""
 
 import csv
+import glob
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -60,12 +63,22 @@ class PhaseFolder:
     def result(self) -> PhaseResult | None:
         """Return the phase's result, ``None`` if it has not finished."""
         file = self.path / "result.json"
-        return PhaseResult(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if not file.is_file():
+            return None
+        values = _read_mapping(file)
+        try:
+            return PhaseResult(**values)
+        except TypeError as error:
+            raise _broken(file, error) from None
 
     def finish(self, result: PhaseResult) -> None:
         """Write the result; from now on the phase counts as finished."""
         write_text_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
         self.last.unlink(missing_ok=True)
+        # What a process that was killed while it wrote has left.
+        for file in (self.last, self.final):
+            for unfinished in file.parent.glob(f".{file.name}.*"):
+                unfinished.unlink()
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
 
@@ -85,7 +98,7 @@ class RunFolder:
 
     def phase(self, name: str) -> PhaseFolder:
         """Return the folder of a phase: ``NN_name``; the number is the phase's place when it first ran."""
-        existing = sorted(path for path in self.root.glob(f"[0-9][0-9]_{name}") if path.is_dir())
+        existing = sorted(path for path in self.root.glob(f"[0-9][0-9]_{glob.escape(name)}") if path.is_dir())
         return PhaseFolder(existing[0] if existing else self.root / f"{self._phases.index(name):02d}_{name}")
 
     def results(self) -> list[PhaseResult]:
@@ -109,7 +122,7 @@ class RunFolder:
         ]:
             if not file.is_file():
                 continue
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = _read_mapping(file)
             found = differences(before, now)
             if found:
                 shown = "".join(f"\n  {line}" for line in found[:10])
@@ -132,7 +145,10 @@ class RunFolder:
         if not self.root.exists():
             return None
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-        target = self.root.with_name(f"{self.root.name}.old-{stamp}")
+        names = (
+            f"{self.root.name}.old-{stamp}{end}" for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+        )
+        target = next(path for path in map(self.root.with_name, names) if not path.exists())
         self.root.rename(target)
         return target
 
@@ -150,3 +166,19 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write a small text file so that it is either the old one or the whole new one."""
     with open_atomically(path) as file:
         file.write(text.encode())
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _broken(file, error) from None
+    if not isinstance(values, dict):
+        raise _broken(file, "not a mapping")
+    return values
+
+
+def _broken(file: Path, why: object) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"Cannot read {file}: {why}. Start over with `--fresh` (the old folder is renamed)."
+    )

@@ -144,13 +144,22 @@ def test_many_differences_are_cut_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["run.json", "00_inject/phase.json", "00_inject/result.json"])
-@pytest.mark.parametrize("content", ["", "{", '["list"]', '{"phase": 1, "unknown": 2}'])
-def test_a_broken_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b'["list"]', b"\xff\xfe"])
+def test_a_broken_file_is_named(tmp_path: Path, file: str, content: bytes) -> None:
     folder = open_run(tmp_path)
-    finish(folder, "inject")
-    (tmp_path / file).write_text(content, encoding="utf-8")
-    with pytest.raises(MisconfigurationException, match=file.rpartition("/")[2]):
+    folder.start_phase("inject", {"split": "inject"}).finish(result("inject"))
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(MisconfigurationException, match=rf"Cannot read .*{file.rpartition('/')[2]}: .*`--fresh`"):
         open_run(tmp_path).results()
+
+
+@pytest.mark.parametrize("content", ['{"phase": "inject"}', '{"unknown": 2}'])
+def test_a_result_of_another_version_is_named(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path, PHASES)
+    finish(folder, "inject")
+    (tmp_path / "00_inject" / "result.json").write_text(content, encoding="utf-8")
+    with pytest.raises(MisconfigurationException, match=r"Cannot read .*result\.json: .*argument"):
+        folder.results()
 
 
 def test_old_runs_are_renamed_and_kept(tmp_path: Path) -> None:

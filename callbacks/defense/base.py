@@ -81,6 +81,11 @@ class Defense(Callback, ABC):
             What was done.
         """
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Forget the report of an earlier fit; that of a resumed one is loaded after this."""
+        if stage == "fit":
+            self.report = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Purify the model, unless a checkpoint says that this was done before."""
         if self.report is not None:

@@ -74,7 +74,7 @@ class SharpnessAwareMinimization(Callback):
     def __init__(
         self,
         rho: float = 0.05,
-        variant: Literal["sam", "asam", "gsam", "looksam"] = "sam",
+        variant: _Variant = "sam",
         eta: float = 0.01,
         alpha: float | None = None,
         interval: int | None = None,
@@ -191,7 +191,7 @@ class SharpnessAwareMinimization(Callback):
         pairs = [(index, parameter) for index, parameter in enumerate(all_parameters) if parameter.grad is not None]
         positions, parameters = [index for index, _ in pairs], [parameter for _, parameter in pairs]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self._overflowed(gradients):
+        if not gradients or self._overflowed(gradients):
             return
         if self.variant == "asam":
             perturbation = asam_perturbation(gradients, parameters, self.rho, self.eta)
@@ -231,8 +231,9 @@ class SharpnessAwareMinimization(Callback):
             for position, parameter in enumerate(all_parameters)
             if parameter.grad is not None and position in self._direction
         ]
-        parameters, gradients, direction = ([item[column] for item in lent] for column in range(3))
-        _set_gradients(parameters, looksam_gradient(gradients, direction, self.alpha))
+        if lent:
+            parameters, gradients, direction = ([item[column] for item in lent] for column in range(3))
+            _set_gradients(parameters, looksam_gradient(gradients, direction, self.alpha))
 
     def _overflowed(self, gradients: list[Tensor]) -> bool:
         """Whether the GradScaler will skip this step; its infinite gradients are then left for it to find.

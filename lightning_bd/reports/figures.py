@@ -91,6 +91,7 @@ def plot_learning_rates(study: Path, figure: Path, title: str = "") -> None:
             )
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_xlabel("learning rate of fine-tuning")
+        axes.margins(x=0.06)
         _percent_axis(axes, label)
     panels[0].legend(frameon=False, loc="lower left", fontsize=9)
     canvas.suptitle(f"{title} (mean and range of {seeds} seeds)".strip(), fontsize=10)

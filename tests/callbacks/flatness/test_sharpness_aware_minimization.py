@@ -335,7 +335,17 @@ def test_fp16_with_a_scaler(exponent: int, accumulate: int) -> None:
     )
 
 
-def test_overflow_of_the_first_pass_skips_the_second() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        # Skipped; second attempt, for there is no direction yet; direction lent; due again; lent; lent.
+        ({"variant": "looksam", "interval": 3}, [False, False, True, False, False, True, False, False]),
+        # The other processes may have a finite gradient and wait for this one in the second pass.
+        ({"sync_perturbation": False}, [False, True] * 6),
+    ],
+    ids=["looksam", "local perturbation"],
+)
+def test_overflow_of_the_first_pass(arguments: dict[str, str | int | bool], expected: list[bool]) -> None:
     passes: list[bool] = []
 
     class Watched(Module):
@@ -344,24 +354,76 @@ def test_overflow_of_the_first_pass_skips_the_second() -> None:
             # The gradient of the first batch is infinite in float16 with the first scale only.
             return (1e6 if batch_idx == 0 else 1.0) * cast(Tensor, super().training_step(batch, batch_idx))
 
-    callback = SharpnessAwareMinimization(variant="looksam", interval=3)
+    callback = SharpnessAwareMinimization(**arguments)  # type: ignore[arg-type]
     module = Watched(make_net("mlp"))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     fit(module, callback, scaler=scaler)
-    # Skipped; second attempt, for there is no direction yet; direction lent; due again; lent; lent.
-    assert passes == [False, False, True, False, False, True, False, False]
+    assert passes == expected
     assert scaler.get_scale() == 512
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+def test_overflow_of_the_second_pass_leaves_no_direction_behind() -> None:
+    passes: list[bool] = []
+
+    class Watched(Module):
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            passes.append(callback.second_pass)
+            factor = 1e6 if batch_idx == 0 and callback.second_pass else 1.0
+            return factor * cast(Tensor, super().training_step(batch, batch_idx))
+
+    callback = SharpnessAwareMinimization(variant="looksam", interval=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fit(Watched(make_net("mlp")), callback, scaler=scaler)
+    assert passes == [False, True, False, True, False, False, True, False, False]
+    assert scaler.get_scale() == 512
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_gradient_does_not_count() -> None:
+    passes: list[bool] = []
+
+    class Watched(Module):
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            passes.append(callback.second_pass)
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    callback = SharpnessAwareMinimization(variant="looksam", interval=2)
+    fit(Watched(make_net("mlp")), callback)
+    assert passes == [False, True, False, False, False, True, False, False, True]
+
+
+def test_rho_may_be_changed_between_steps() -> None:
+    class Schedule(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+        ) -> None:
+            callback.rho = 0.05 if batch_idx == 0 else 0.0
+
+    callback = SharpnessAwareMinimization(rho=0.3, variant="looksam")
+    module, expected = Module(make_net("cnn")), make_net("cnn")
+    fit(module, callback, Schedule())
+    loop_by_hand(expected, every(6, sam()))
+    assert_equal_states(module.net, expected)
 
 
 @pytest.mark.parametrize("variant", ["sam", "asam", "gsam", "looksam"])
 def test_rho_zero_is_the_plain_run(variant: Variant) -> None:
+    class Counting(Module):
+        calls = 0
+
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            self.calls += 1
+            return super().training_step(batch, batch_idx)
+
     state = []
     for callbacks in ([SharpnessAwareMinimization(rho=0.0, variant=variant)], []):
-        module = Module(make_net("cnn"))
+        module = Counting(make_net("cnn"))
         fit(module, *callbacks, accumulate=2)
         state.append((module, torch.get_rng_state()))
     assert_equal_states(state[0][0], state[1][0])
     assert torch.equal(state[0][1], state[1][1])
+    assert state[0][0].calls == 6
 
 
 def test_penalty_of_another_callback_is_counted_in_both_passes() -> None:
@@ -388,6 +450,7 @@ def test_penalty_of_another_callback_is_counted_in_both_passes() -> None:
     assert_equal_states(module.net, expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_training_step_may_return_a_dict_or_none() -> None:
     """A batch without a loss is not replayed and adds nothing."""
 
@@ -398,8 +461,7 @@ def test_training_step_may_return_a_dict_or_none() -> None:
 
     calls: list[int] = []
     module, expected = Choosy(make_net("dropout")), make_net("dropout")
-    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
-        fit(module, SharpnessAwareMinimization(), accumulate=2)
+    fit(module, SharpnessAwareMinimization(), accumulate=2)
     assert calls == [0, 1, 0, 2, 3, 3, 4, 5, 4, 5]
 
     optimizer = make_optimizer(expected)
@@ -454,6 +516,24 @@ def test_parameters_without_a_gradient() -> None:
     assert torch.equal(module.never, torch.ones(3))
     assert torch.equal(module.first_pass_only, torch.ones(3))
     assert module.never.grad is None
+
+
+@pytest.mark.parametrize("variant", ["sam", "looksam"])
+def test_a_batch_that_does_not_reach_the_optimizers_parameters(variant: Variant) -> None:
+    """Odd batches train nothing that the optimizer knows; a plain run does not mind either."""
+
+    class Detour(Module):
+        def __init__(self) -> None:
+            super().__init__(make_net("mlp"))
+            self.other = nn.Parameter(torch.ones(3))
+
+        def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+            return self.other.sum() if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    module = Detour()
+    fit(module, SharpnessAwareMinimization(variant=variant, interval=3))
+    assert not torch.equal(next(module.net.parameters()), next(make_net("mlp").parameters()))
+    assert torch.equal(module.other, torch.ones(3))
 
 
 @pytest.mark.parametrize("variant", ["gsam", "looksam"])
@@ -566,12 +646,22 @@ def test_exception_in_the_second_pass(error: BaseException, raised: type[BaseExc
                 expected.load_state_dict(self.net.state_dict())
             return loss
 
+    class FirstWitness(Callback):
+        """Saves on an exception, before SAM's own hook runs."""
+
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            assert_equal_states(cast(Module, pl_module).net, expected)
+            assert type(exception) is type(error)
+            seen.append(exception)
+
+    seen: list[BaseException] = []
     callback = SharpnessAwareMinimization(rho=1.0)
     module, expected = Failing(make_net("cnn")), make_net("cnn")
-    trainer = make_trainer(callback)
+    trainer = make_trainer(FirstWitness(), callback)
     with pytest.raises(raised):
         trainer.fit(module, make_loader())
     assert_equal_states(module.net, expected)
+    assert seen == [error]
     assert not callback.second_pass
     assert "log" not in vars(module)
     assert vars(trainer.strategy).keys().isdisjoint({"training_step", "optimizer_step"})

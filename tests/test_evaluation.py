@@ -1,0 +1,146 @@
+"""The trigger of an evaluation is the checkpoint's; predictions become a table."""
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_bd.batch import RawBatch
+from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint, save_atomically
+from lightning_bd.datamodules import DigitsDataModule
+from lightning_bd.evaluation import use_manifest_of, write_predictions
+from lightning_bd.label_maps import AllToAll
+from lightning_bd.phase_callbacks import RunRecord
+from lightning_bd.poisoning import Poison
+from lightning_bd.triggers import BadNets
+
+PATH = Path("model.ckpt")
+
+
+def poison(seed: int = 7, target: int = 3, mode: str = "dynamic") -> Poison:
+    return Poison(
+        BadNets(size=2, seed=seed), rate=0.25, target=target, mode="static" if mode == "static" else "dynamic"
+    )
+
+
+def make_checkpoint(folder: Path, rule: Poison | None) -> dict[str, Any]:
+    """A checkpoint as a run writes it, from the disk."""
+    data = DigitsDataModule(rule)
+    record = RunRecord("inject", data.manifest(), config=None).content()
+    save_atomically({"state_dict": {}, RECORD_KEY: record}, folder / "model.ckpt")
+    return read_checkpoint(folder / "model.ckpt")
+
+
+def triggered(data: DigitsDataModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of the attack test set."""
+    loader = data.test_dataloader()[1]
+    batches = [data.on_after_batch_transfer(raw, 1) for raw in loader if isinstance(raw, RawBatch)]
+    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("configured", [False, True])
+def test_the_checkpoints_trigger_is_taken_over(tmp_path: Path, mode: str, configured: bool) -> None:
+    trained = DigitsDataModule(poison(mode=mode))
+    data = DigitsDataModule(poison(mode=mode) if configured else None)
+    use_manifest_of(make_checkpoint(tmp_path, poison(mode=mode)), PATH, data)
+    assert data.poison is not None
+    assert (data.poison.rate, data.poison.mode) == (0.25, mode)
+    for found, expected in zip(triggered(data), triggered(trained), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_pixels_come_from_the_checkpoint_and_not_from_the_seed(tmp_path: Path) -> None:
+    """The trigger of a model outlives a change of how triggers are drawn."""
+    checkpoint = make_checkpoint(tmp_path, poison())
+    checkpoint[RECORD_KEY]["tensors"]["trigger.pattern_values"].fill_(0.125)
+    data = DigitsDataModule()
+    use_manifest_of(checkpoint, PATH, data)
+    images, _ = triggered(data)
+    assert (images[:, :, -2:, -2:] == 0.125).all()
+
+
+def test_label_maps_are_taken_over(tmp_path: Path) -> None:
+    rule = Poison(BadNets(size=2), rate=1.0, target=AllToAll())
+    data = DigitsDataModule()
+    use_manifest_of(make_checkpoint(tmp_path, rule), PATH, data)
+    for found, expected in zip(triggered(data), triggered(DigitsDataModule(rule)), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (poison(seed=8), "trigger: .*'seed': 7.* against .*'seed': 8"),
+        (poison(target=4), "label_map: .*3.* against .*4"),
+        (poison(mode="static"), "mode: dynamic against static"),
+        (Poison(BadNets(size=3, seed=7), rate=0.25, target=3, mode="dynamic"), "trigger: .* against "),
+    ],
+)
+def test_another_trigger_in_the_config_is_refused(tmp_path: Path, other: Poison, what: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, poison())
+    data = DigitsDataModule(copy.deepcopy(other))
+    before = data.poison
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"The trigger of model\.ckpt is not the config's:\n  {what}(?s:.*)\(checkpoint against config\)\. .*by `--ov",
+    ):
+        use_manifest_of(checkpoint, PATH, data)
+    assert data.poison is before
+
+
+def test_override_keeps_the_configs(tmp_path: Path) -> None:
+    data, twin = DigitsDataModule(poison(seed=8, target=4)), DigitsDataModule(poison(seed=8, target=4))
+    use_manifest_of(make_checkpoint(tmp_path, poison()), PATH, data, override=True)
+    for found, expected in zip(triggered(data), triggered(twin), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_another_rate_is_no_other_trigger(tmp_path: Path) -> None:
+    data = DigitsDataModule(Poison(BadNets(size=2, seed=7), rate=0.9, target=3, mode="dynamic"))
+    use_manifest_of(make_checkpoint(tmp_path, poison()), PATH, data)
+    assert data.poison is not None
+    assert data.poison.rate == 0.25
+
+
+@pytest.mark.parametrize("checkpoint", [{"state_dict": {}}, {"state_dict": {}, RECORD_KEY: None}, None])
+def test_a_checkpoint_without_a_manifest_changes_nothing(tmp_path: Path, checkpoint: dict[str, Any] | None) -> None:
+    configured, clean = DigitsDataModule(poison()), DigitsDataModule()
+    before = configured.poison
+    for data in (configured, clean):
+        use_manifest_of(checkpoint if checkpoint is not None else make_checkpoint(tmp_path, None), PATH, data)
+    assert configured.poison is before
+    assert clean.poison is None
+
+
+@pytest.mark.parametrize("record", [
+    {"manifest": {"trigger": 3}}, {"manifest": 3, "tensors": {}}, {"manifest": {"trigger": 3}, "tensors": None}, "record",
+])  # fmt: skip
+def test_a_broken_record_is_an_error_with_a_name(record: object) -> None:
+    with pytest.raises(ValueError, match="poison manifest"):
+        use_manifest_of({"state_dict": {}, RECORD_KEY: record}, PATH, DigitsDataModule())
+
+
+def test_a_manifest_for_other_images_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, poison())
+    checkpoint[RECORD_KEY]["manifest"]["image_shape"] = [1, 16, 16]
+    with pytest.raises(ValueError, match="16"):
+        use_manifest_of(checkpoint, PATH, DigitsDataModule())
+
+
+def test_predictions_are_written_one_row_per_image(tmp_path: Path) -> None:
+    first = (torch.tensor([[0.1, 0.9], [0.75, 0.25]]), torch.tensor([1, 1]))
+    last = (torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    write_predictions([first, last], tmp_path / "deep" / "predictions.csv")
+    with (tmp_path / "deep" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["number", "label", "prediction", "confidence"],
+        ["0", "1", "1", "0.900000"],
+        ["1", "1", "0", "0.750000"],
+        ["2", "0", "0", "1.000000"],
+    ]
