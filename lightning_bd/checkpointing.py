@@ -121,6 +121,8 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: Path
     for name, tensor in expected.items():
         if name not in state_dict:
             problem = f"`{name}` {tuple(tensor.shape)} is not in the checkpoint"
+        elif not isinstance(state_dict[name], Tensor):
+            problem = f"`{name}` is no tensor there"
         elif state_dict[name].shape != tensor.shape:
             problem = f"`{name}` is {tuple(state_dict[name].shape)} there and {tuple(tensor.shape)} in the model"
         if problem is not None:

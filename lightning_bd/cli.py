@@ -1,6 +1,7 @@
 """The command line: Lightning's, with shipped configs by name and readable errors."""
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_bd.checkpointing import CheckpointError
 from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.config_files import ConfigError, expand_configs
 from lightning_bd.phase_callbacks import NonFiniteLossError
@@ -18,7 +20,15 @@ from lightning_bd.phases import MultiPhaseTrainer
 
 __all__ = ("BackdoorCLI", "main")
 
-_LONGEST_VALUE = 200
+# What jsonargparse tells of its attempts, of no use to whoever mistyped one value.
+_NOISE = (
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "tip:",
+)
 
 
 class _Parser(LightningArgumentParser):
@@ -26,9 +36,8 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the values that it dumps, and leave with status 2."""
-        lines = [line for line in str(message).splitlines() if len(line) <= _LONGEST_VALUE or "Given value" not in line]
-        sys.stderr.write("error: " + "\n".join(lines) + "\n")
-        sys.stderr.write(f"Options and their meaning: {self.prog} --help\n")
+        readable = _as_typed(_readable(str(message)), sys.argv[1:])
+        sys.stderr.write(f"error: {readable}\nAll options: {self.prog} --help\n")
         raise SystemExit(2) from ex
 
 
@@ -105,7 +114,29 @@ def main(args: list[str] | None = None) -> None:
 def _fail(error: Exception, status: int) -> NoReturn:
     if os.environ.get("LIGHTNING_BD_TRACEBACK"):
         raise error
-    expected = isinstance(error, MisconfigurationException | ConfigError | NonFiniteLossError)
+    # Errors of our own grammar explain themselves; others may be a bug, which needs its place.
+    expected = isinstance(error, MisconfigurationException | ConfigError | CheckpointError | NonFiniteLossError)
+    expected = expected or "Expected argument" in str(error)
     hint = "" if expected else "\n(LIGHTNING_BD_TRACEBACK=1 shows where.)"
-    sys.stderr.write(f"error: {error}{hint}\n")
+    sys.stderr.write(f"error: {_readable(str(error))}{hint}\n")
     raise SystemExit(status) from None
+
+
+def _as_typed(message: str, args: list[str]) -> str:
+    """Name options as they were typed; the parser of a nested option knows only the end of its name."""
+    found = re.search(r'Parser key "([\w.]+)":|unrecognized arguments: --([\w.]+)', message)
+    if found is None:
+        return message
+    end = found[1] or found[2]
+    typed = [name for name in (arg.partition("=")[0] for arg in args) if name.endswith(f".{end}")]
+    return f"{typed[0]}: {message}" if typed else message
+
+
+def _readable(message: str) -> str:
+    """Keep the lines of a message that say what is wrong, each once."""
+    kept: dict[str, None] = {}
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ")
+        if text and not text.startswith(_NOISE):
+            kept.setdefault(text if line.lstrip().startswith("- ") else line.rstrip())
+    return "\n".join(kept) or message

@@ -94,6 +94,7 @@ def expand_configs(args: list[str], folder: Path) -> list[str]:
     merged: dict[str, Any] = {}
     for path in paths:
         merged = _merge(merged, read_config(path))
+    _check_phase_overrides(rest, (merged.get("trainer") or {}).get("phases") or {})
     merged.setdefault("trainer", {}).setdefault("default_root_dir", str(Path("runs") / paths[0].stem))
     subcommand, *others = rest if rest else [""]
     if subcommand.startswith("-"):
@@ -127,17 +128,35 @@ def _check_phases(config: dict[str, Any], path: Path) -> None:
             raise ConfigError(f"Phase `{name}` in {path}: expected options such as `max_epochs`, but got {phase!r}.")
         for option in phase:
             if option not in known:
-                close = difflib.get_close_matches(str(option), known, n=1)
-                guess = f" Did you mean `{close[0]}`?" if close else f" Known are {', '.join(known)}."
-                raise ConfigError(f"Phase `{name}` in {path}: there is no option `{option}`.{guess}")
+                raise ConfigError(f"Phase `{name}` in {path}: there is no option `{option}`.{_guess(option, known)}")
+
+
+def _check_phase_overrides(args: list[str], phases: dict[str, Any]) -> None:
+    """Check ``--trainer.phases.NAME.OPTION``; the parser's own message names neither."""
+    known = [field.name for field in fields(Phase)]
+    for argument in args:
+        if not argument.startswith("--trainer.phases."):
+            continue
+        path = argument.removeprefix("--trainer.phases.").partition("=")[0]
+        name = next((phase for phase in phases if path == phase or path.startswith(f"{phase}.")), None)
+        if name is None:
+            raise ConfigError(f"{argument}: there is no such phase.{_guess(path.partition('.')[0], list(phases))}")
+        option = path.removeprefix(name).strip(".").partition(".")[0].rstrip("+")
+        if option and option not in known:
+            raise ConfigError(f"Phase `{name}`: there is no option `{option}`.{_guess(option, known)}")
+
+
+def _guess(name: object, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean `{close[0]}`?" if close else f" Known are {', '.join(known)}."
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: object) -> yaml.MappingNode:
         # Looked at before `<<` is resolved, for a merged key may be given again.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[arg-type]
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:

@@ -39,7 +39,7 @@ def use_manifest_of(
         )
     if not record.get("manifest"):
         return
-    manifest = PoisonManifest.from_plain(record["manifest"], record.get("tensors"))
+    manifest = PoisonManifest.from_plain(record["manifest"], record.get("tensors", {}))
     config = datamodule.manifest()
     if config is not None:
         found = manifest.differences(config)

@@ -129,6 +129,8 @@ class PhaseRun:
         phase, parent, here = self._phases[name], self._parents[name], self.folder.phase(name)
         if here.result() is not None:
             rank_zero_info(f"Phase `{name}` is finished: skipped.")
+            if is_first_process():
+                self.folder.write_results()  # the run may have been killed before it did
             return
         rank_zero_info(f"Phase `{name}`: {self._summary(phase)}")
         if is_first_process():

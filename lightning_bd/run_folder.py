@@ -72,8 +72,7 @@ class PhaseFolder:
             raise _broken(file, error) from None
 
     def finish(self, result: PhaseResult) -> None:
-        """Write the result; from now on the phase counts as finished."""
-        write_text_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+        """Write the result and remove what only a cut phase needs; from now on the phase counts as finished."""
         self.last.unlink(missing_ok=True)
         # What a process that was killed while it wrote has left.
         for file in (self.last, self.final):
@@ -81,6 +80,7 @@ class PhaseFolder:
                 unfinished.unlink()
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()
+        write_text_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
 
 
 class RunFolder:

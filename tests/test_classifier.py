@@ -212,7 +212,7 @@ def test_compile_compiles_the_backbone_alone(monkeypatch: pytest.MonkeyPatch) ->
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         graphs.append(graph)
-        return graph.forward  # type: ignore[no-any-return]
+        return graph.forward
 
     monkeypatch.setattr(nn.Module, "compile", partial_method(nn.Module.compile, backend))
     model = BackdoorClassifier(make_backbone(), CLASSES, compile=True).eval()

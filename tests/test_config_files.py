@@ -107,9 +107,14 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str, value: 
     }
 
 
-@pytest.mark.parametrize(("option", "guess"), [
-    ("max_epoch", r"Did you mean `max_epochs`\?"), ("spilt", r"Did you mean `split`\?"), ("zzz", "Known are name, split, poison"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "guess"),
+    [
+        ("max_epoch", r"Did you mean `max_epochs`\?"),
+        ("spilt", r"Did you mean `split`\?"),
+        ("zzz", "Known are name, split, poisoned"),
+    ],
+)
 def test_an_unknown_option_of_a_phase(tmp_path: Path, option: str, guess: str) -> None:
     path = write(tmp_path / "typo.yaml", f"trainer: {{phases: {{inject: {{{option}: 3}}}}}}")
     with pytest.raises(ConfigError, match=rf"Phase `inject` in .*typo\.yaml: there is no option `{option}`\. ?{guess}"):

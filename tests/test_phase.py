@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
+from lightning_bd.batch import PoisonMode
 from lightning_bd.callbacks import FineTuning
 from lightning_bd.phase import INIT, Phase, check_phase, in_order, name_phases, phase_parents
 
@@ -26,17 +27,18 @@ def test_branches_and_baselines() -> None:
         tree(inject=None, consolidate=None, plain="init", ft="consolidate", nad="consolidate", last=None)
     )
     assert parents == {
-        "inject": INIT, "consolidate": "inject", "plain": INIT, "ft": "consolidate", "nad": "consolidate", "last": "nad",
-    }  # fmt: skip
+        "inject": INIT,
+        "consolidate": "inject",
+        "plain": INIT,
+        "ft": "consolidate",
+        "nad": "consolidate",
+        "last": "nad",
+    }
 
 
 def test_parents_run_before_children_else_as_listed() -> None:
     parents = phase_parents(tree(ft="consolidate", a="init", consolidate="inject", inject="init", b=None))
-    order = in_order(parents)
-    assert sorted(order) == sorted(parents)
-    for name, parent in parents.items():
-        assert parent == INIT or order.index(parent) < order.index(name)
-    assert order == ["a", "inject", "consolidate", "ft", "b"] or order.index("a") < order.index("b")
+    assert in_order(parents) == ["a", "inject", "consolidate", "ft", "b"]
     assert in_order(phase_parents(tree(a=None, b="init", c="a"))) == ["a", "b", "c"]
     assert in_order({}) == []
 
@@ -51,9 +53,13 @@ def test_an_unknown_start() -> None:
 
 @pytest.mark.parametrize(
     ("start_from", "circle"),
-    [({"a": "a"}, "a from a"), ({"a": "b", "b": "a"}, "a from b from a"), ({"a": "c", "b": "a", "c": "b"}, "a from c from b from a"),
-     ({"x": None, "a": "b", "b": "c", "c": "b"}, "a from b from c from b")],
-)  # fmt: skip
+    [
+        ({"a": "a"}, "a from a"),
+        ({"a": "b", "b": "a"}, "a from b from a"),
+        ({"a": "c", "b": "a", "c": "b"}, "a from c from b from a"),
+        ({"x": None, "a": "b", "b": "c", "c": "b"}, "a from b from c from b"),
+    ],
+)
 def test_circles(start_from: dict[str, str | None], circle: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"Phase `a`: `start_from` goes in a circle: {circle}\."):
         phase_parents(tree(**start_from))
@@ -69,7 +75,7 @@ def test_names_come_from_the_mapping_or_the_list() -> None:
     assert name_phases({"a": Phase("a")})["a"].name == "a"
 
 
-@pytest.mark.parametrize("name", ["", INIT, "a/b", ".hidden", "..", "a\\b", None])
+@pytest.mark.parametrize("name", ["", INIT, "a/b", ".hidden", "..", None])
 def test_bad_names(name: str | None) -> None:
     with pytest.raises(MisconfigurationException, match="the name must not be empty, `init` or a path"):
         name_phases([Phase(name)])
@@ -137,8 +143,8 @@ def test_a_scheduler_needs_an_optimizer() -> None:
 
 @pytest.mark.parametrize("poisoned", [True, "static", "dynamic"])
 @pytest.mark.parametrize("reason", [{"split": "defend"}, {"name": "defend-ft"}, {"callbacks": [FineTuning()]}])
-def test_a_defense_is_not_poisoned(poisoned: Any, reason: dict[str, Any]) -> None:
-    phase = Phase(**{"name": "a", "poisoned": poisoned} | reason)
+def test_a_defense_is_not_poisoned(poisoned: bool | PoisonMode, reason: dict[str, Any]) -> None:
+    phase = Phase(**{"name": "a", "poisoned": poisoned, **reason})
     with pytest.raises(
         MisconfigurationException, match=r"defends \(by its name, split or a defense\), so it cannot be `poi"
     ):

@@ -133,7 +133,7 @@ def test_a_bad_first_epoch_leaves_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_finite_losses_pass(tmp_path: Path) -> None:
-    module = Module(lambda number: 1e30)
+    module = Module()
     fit(tmp_path, module, StopOnNonFiniteLoss("inject", tmp_path / "0.ckpt"), epochs=1)
     assert module.number == BATCHES
 
@@ -146,10 +146,14 @@ class Elsewhere(TorchFunctionMode):
         self.waits = 0
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
-        if func is Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return torch.device("cuda")
         if func in (Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.cpu, Tensor.tolist):
             self.waits += 1
@@ -258,7 +262,8 @@ def as_trainer(first: bool = True, loggers: tuple[object, ...] = ()) -> Trainer:
 
 def cells(file: Path, count: int) -> Tensor:
     """Cut the picture into ``(3, count, 8, 8)``: each of the digits' pixels is 12 wide, with 4 between the images."""
-    pixels = torch.from_numpy(np.array(Image.open(file).convert("L"))).float() / 255
+    with Image.open(file) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("L"))).float() / 255
     assert pixels.shape == (3 * 100 + 4, count * 100 + 4)
     grid = torch.stack(
         [torch.stack([pixels[4 + 100 * r :, 4 + 100 * c :][:96, :96] for c in range(count)]) for r in range(3)]
@@ -280,7 +285,9 @@ def test_the_preview_shows_clean_triggered_and_difference(tmp_path: Path, count:
         assert (victims - image).abs().amax((1, 2)).min() < 0.01
     assert torch.allclose(clean[0], victims[0], atol=0.01)
     assert torch.allclose(clean[-1], victims[-1], atol=0.01)
-    expected = BadNets(size=2, seed=1).build((1, 8, 8))(clean[:, None])[:, 0]
+    trigger = BadNets(size=2, seed=1)
+    trigger.build((1, 8, 8))
+    expected = trigger(clean[:, None])[:, 0]
     assert torch.allclose(triggered, expected, atol=0.01)
     change = (expected - clean).abs()
     assert change.max() > 0.1
@@ -305,8 +312,9 @@ def test_the_preview_leaves_data_and_random_state_alone(tmp_path: Path) -> None:
     data = poisoned_digits()
     data.setup()
     before = data.test_images.read(torch.arange(10))
+    module = Module()
     state = torch.get_rng_state()
-    TriggerPreview(data, tmp_path).on_fit_start(as_trainer(), Module())
+    TriggerPreview(data, tmp_path).on_fit_start(as_trainer(), module)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(data.test_images.read(torch.arange(10)), before)
 
@@ -317,4 +325,5 @@ def test_the_preview_is_in_tensorboard(tmp_path: Path) -> None:
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir).Reload()
     [image] = events.Images("trigger (clean, triggered, difference)")
-    assert (image.width, image.height) == Image.open(tmp_path / "trigger.png").size
+    with Image.open(tmp_path / "trigger.png") as picture:
+        assert (image.width, image.height) == picture.size

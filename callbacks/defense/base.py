@@ -81,7 +81,7 @@ class Defense(Callback, ABC):
             What was done.
         """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the report of an earlier fit; that of a resumed one is loaded after this."""
         if stage == "fit":
             self.report = None
@@ -101,7 +101,8 @@ class Defense(Callback, ABC):
             train=lambda epoch: view.batches("train", device, epoch),
             validation=lambda: view.batches("validation", device),
             num_classes=view.num_classes,
-            epoch_limit=view.epoch_limit,
+            # Lightning's -1 is no limit.
+            epoch_limit=None if view.epoch_limit is None or view.epoch_limit < 0 else view.epoch_limit,
             show_progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
         )
         with trainer.precision_plugin.forward_context():

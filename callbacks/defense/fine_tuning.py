@@ -30,7 +30,7 @@ class FineTuning(Defense):
         max_drop: Largest tolerated drop of the validation accuracy, in [0, 1]; 0.01 is one point.
         max_epochs: Epochs per candidate; SBL: 50. The run's cap applies.
         momentum: Momentum of SGD, in [0, 1).
-        weight_decay: Weight decay of SGD; SBL: 5e-4.
+        weight_decay: Weight decay of SGD, at least 0; SBL: 5e-4.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -45,12 +45,16 @@ class FineTuning(Defense):
         weight_decay: float = 5e-4,
     ) -> None:
         super().__init__()
-        if not learning_rates or min(learning_rates) <= 0:
+        if not learning_rates or not all(rate > 0 for rate in learning_rates):
             raise ValueError(f"Expected argument `learning_rates` to be positive numbers, but got {learning_rates}.")
         if not 0 <= max_drop <= 1:
             raise ValueError(f"Expected argument `max_drop` to be in [0, 1], but got {max_drop}.")
         if max_epochs < 1:
             raise ValueError(f"Expected argument `max_epochs` to be a positive integer, but got {max_epochs}.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Expected argument `momentum` to be in [0, 1), but got {momentum}.")
+        if weight_decay < 0:
+            raise ValueError(f"Expected argument `weight_decay` to be a non-negative float, but got {weight_decay}.")
         self.learning_rates = tuple(learning_rates)
         self.max_drop = max_drop
         self.max_epochs = max_epochs

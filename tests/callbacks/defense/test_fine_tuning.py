@@ -1,0 +1,251 @@
+"""Fine-tuning against a loop written by hand that tries every learning rate."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_bd.callbacks import DefenderData, FineTuning, Report
+from lightning_bd.datamodules import DigitsDataModule, PhaseData
+
+CLASSES = 3
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+def make_batches(sizes: Sequence[int], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Three overlapping clouds of points."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for size in sizes:
+        labels = torch.randint(CLASSES, (size,), generator=generator)
+        points = F.one_hot(labels, 4).float() * 2 + torch.randn(size, 4, generator=generator)
+        batches.append((points, labels))
+    return batches
+
+
+TRAIN, VALIDATION = make_batches((16, 16, 16, 7), 0), make_batches((64, 64, 33), 1)
+
+
+def make_data(epoch_limit: int | None = None) -> DefenderData:
+    def train(epoch: int) -> Pairs:
+        """Each epoch has an order of its own, so that a wrong epoch number shows."""
+        return iter([*TRAIN[epoch % 4 :], *TRAIN[: epoch % 4]])
+
+    return DefenderData(train, lambda: iter(VALIDATION), CLASSES, epoch_limit)
+
+
+def make_model() -> nn.Module:
+    """A trained network with BatchNorm, part of it frozen and in evaluation mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES))
+    train_by_hand(model, 0.1, epochs=5)
+    model[0].requires_grad_(False)
+    model[1].eval()
+    return model
+
+
+def train_by_hand(model: nn.Module, rate: float, epochs: int, momentum: float = 0.9, decay: float = 5e-4) -> None:
+    """SGD with momentum, weight decay and a cosine schedule per epoch, from their equations."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    velocity = [torch.zeros_like(p) for p in parameters]
+    for epoch in range(epochs):
+        lr = rate * (1 + torch.cos(torch.tensor(torch.pi * epoch / epochs)).item()) / 2
+        for points, labels in make_data().train(epoch):
+            gradients = torch.autograd.grad(F.cross_entropy(model(points), labels), parameters)
+            with torch.no_grad():
+                for p, v, g in zip(parameters, velocity, gradients, strict=True):
+                    v.mul_(momentum).add_(g + decay * p)
+                    p.sub_(lr * v)
+
+
+def accuracy(model: nn.Module) -> float:
+    model = copy.deepcopy(model).eval()
+    right = [(model(points).argmax(1) == labels) for points, labels in VALIDATION]
+    return float(torch.cat(right).float().mean())
+
+
+def best(rates: Sequence[float], max_drop: float, epochs: int) -> tuple[float, nn.Module, bool]:
+    """Train each rate, take the largest with a drop of at most ``max_drop``, else the smallest."""
+    before = accuracy(make_model())
+    tried: dict[float, nn.Module] = {}
+    for rate in rates:
+        tried[rate] = make_model()
+        train_by_hand(tried[rate], rate, epochs)
+    kept = [rate for rate in rates if before - accuracy(tried[rate]) <= max_drop]
+    chosen = max(kept) if kept else min(rates)
+    return chosen, tried[chosen], bool(kept)
+
+
+@pytest.mark.parametrize(
+    ("rates", "max_drop", "expected"),
+    [
+        ((0.001, 0.05, 30.0), 0.05, 0.05),  # neither the first nor the last
+        ((30.0, 0.001, 0.05), 0.05, 0.05),  # in any order
+        ((0.001, 0.05, 30.0), 1.0, 30.0),
+        ((0.001, 0.01, 0.05), 0.05, 0.05),
+        ((0.02,), 0.01, 0.02),
+    ],
+)
+def test_the_choice_equals_brute_force(rates: tuple[float, ...], max_drop: float, expected: float) -> None:
+    chosen, reference, found = best(rates, max_drop, epochs=3)
+    assert found
+    assert chosen == expected
+    model = make_model()
+    report = FineTuning(rates, max_drop, max_epochs=3).purify(model, make_data())
+    assert report.values["learning_rate"] == chosen
+    assert report.epochs == 3
+    assert report.note == f"lr {chosen:g}"
+    assert report.values["validation_accuracy_before"] == pytest.approx(accuracy(make_model()))
+    assert report.values["validation_accuracy"] == pytest.approx(accuracy(reference))
+    for name, tensor in reference.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5), name
+
+
+def test_no_rate_keeps_the_accuracy() -> None:
+    """The smallest is taken, and the report and a warning say so."""
+    rates = (50.0, 20.0, 100.0)
+    chosen, reference, found = best(rates, 0.0, epochs=2)
+    assert not found
+    model = make_model()
+    with pytest.warns(UserWarning, match=r"Fine-tuning lost more than 0 of clean accuracy at every rate"):
+        report = FineTuning(rates, max_drop=0.0, max_epochs=2).purify(model, make_data())
+    assert report.values["learning_rate"] == chosen == 20.0
+    drop = accuracy(make_model()) - accuracy(reference)
+    assert drop > 0
+    assert report.note == f"lr 20, validation accuracy fell by {drop:.3f} at every rate"
+    assert all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+def test_a_single_rate_is_taken_as_it_is() -> None:
+    report = FineTuning([50.0], max_drop=0.0, max_epochs=1).purify(make_model(), make_data())
+    assert (report.values["learning_rate"], report.note) == (50.0, "lr 50")
+
+
+def test_a_drop_of_exactly_the_limit_is_tolerated() -> None:
+    model = make_model()
+    rate = 30.0
+    train_by_hand(model, rate, epochs=1)
+    drop = accuracy(make_model()) - accuracy(model)
+    assert drop > 0.01
+    count = sum(len(labels) for _, labels in VALIDATION)
+    exactly = round(drop * count) / count
+    for limit, chosen in ((exactly + 1e-9, rate), (exactly - 1e-3, 0.001)):
+        report = FineTuning([0.001, rate], max_drop=limit, max_epochs=1).purify(make_model(), make_data())
+        assert report.values["learning_rate"] == chosen
+
+
+def test_modes_and_gradients_are_as_before() -> None:
+    model = make_model()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    frozen = model[0].weight.clone()  # type: ignore[index]
+    FineTuning([0.05, 0.1], max_drop=1.0, max_epochs=1).purify(model, make_data())
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [p.requires_grad for p in model.parameters()][:3] == [False, False, True]
+    assert torch.equal(model[0].weight, frozen)  # type: ignore[index]
+
+
+def test_modes_are_restored_after_an_exception() -> None:
+    model = make_model()
+    before = {name: module.training for name, module in model.named_modules()}
+
+    def train(epoch: int) -> Pairs:
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        FineTuning([0.1]).purify(model, DefenderData(train, lambda: iter(VALIDATION), CLASSES))
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(("limit", "epochs"), [(None, 4), (2, 2), (9, 4), (0, 0)])
+def test_the_runs_cap_applies(limit: int | None, epochs: int) -> None:
+    model, reference = make_model(), make_model()
+    report = FineTuning([0.05], max_epochs=4).purify(model, make_data(limit))
+    assert report.epochs == epochs
+    if epochs:
+        train_by_hand(reference, 0.05, epochs)
+    assert torch.allclose(model[3].weight, reference[3].weight, atol=1e-6)  # type: ignore[index]
+
+
+def test_a_trainer_runs_it_like_a_call_by_hand(tmp_path: Path) -> None:
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.net(images)
+            return logits
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            raise AssertionError("max_epochs is 0")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            raise AssertionError("max_epochs is 0")
+
+    view = DigitsDataModule(splits={"defend": 0.3, "rest": 0.7}).defender_view(
+        PhaseData("defend", ("defend",), batch_size=32)
+    )
+    module, twin = Module(), Module()
+    defense = FineTuning([0.01, 0.1], max_epochs=2)
+    Trainer(
+        accelerator="cpu", max_epochs=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, callbacks=[defense], default_root_dir=tmp_path,
+    ).fit(module, datamodule=view)  # fmt: skip
+    by_hand = FineTuning([0.01, 0.1], max_epochs=2).purify(
+        twin, DefenderData(lambda epoch: view.batches("train", epoch=epoch), lambda: view.batches("validation"), 10)
+    )
+    assert defense.report == by_hand
+    assert torch.equal(module.net[1].weight, twin.net[1].weight)  # type: ignore[arg-type]
+
+
+def test_progress_is_shown_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data()
+    FineTuning([0.05], max_epochs=2).purify(make_model(), data)
+    assert capsys.readouterr().err == ""
+    shown = DefenderData(data.train, data.validation, CLASSES, show_progress=True)
+    FineTuning([0.05], max_epochs=2).purify(make_model(), shown)
+    assert "fine-tuning, lr 0.05" in capsys.readouterr().err
+
+
+def test_no_validation_images() -> None:
+    with pytest.raises(MisconfigurationException, match="no validation images: give the phase a larger split"):
+        FineTuning([0.1]).purify(make_model(), DefenderData(make_data().train, lambda: iter(()), CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FineTuning([]), "`learning_rates` to be positive numbers, but got []."),
+        (lambda: FineTuning([0.1, 0.0]), "`learning_rates` to be positive numbers, but got [0.1, 0.0]."),
+        (lambda: FineTuning([0.1, float("nan")]), "`learning_rates` to be positive numbers, but got [0.1, nan]."),
+        (lambda: FineTuning(max_drop=-0.1), "`max_drop` to be in [0, 1], but got -0.1."),
+        (lambda: FineTuning(max_drop=1.1), "`max_drop` to be in [0, 1], but got 1.1."),
+        (lambda: FineTuning(max_epochs=0), "`max_epochs` to be a positive integer, but got 0."),
+        (lambda: FineTuning(momentum=1.0), "`momentum` to be in [0, 1), but got 1.0."),
+        (lambda: FineTuning(momentum=-0.1), "`momentum` to be in [0, 1), but got -0.1."),
+        (lambda: FineTuning(weight_decay=-1.0), "`weight_decay` to be a non-negative float, but got -1.0."),
+    ],
+)
+def test_refuses(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected argument {re.escape(message)}"):
+        make()
+
+
+def test_reports_compare_by_value() -> None:
+    assert Report(1, {"a": 1.0}, "x") == Report(1, {"a": 1.0}, "x")
+    assert Report() == Report(0, {}, "")
