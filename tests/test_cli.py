@@ -1,0 +1,525 @@
+"""The command line as a user meets it: what it prints, writes, refuses and how it leaves."""
+
+import csv
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.cli import main
+from lightning_bd.config_files import shipped_configs
+from lightning_bd.manifest import PoisonManifest
+
+CONFIG = """
+seed_everything: 1
+model:
+  backbone: {class_path: lightning_bd.backbones.small_cnn, init_args: {num_classes: 10, in_channels: 1, width: 4}}
+  num_classes: 10
+data:
+  class_path: lightning_bd.datamodules.DigitsDataModule
+  init_args:
+    splits: {inject: 0.6, consolidate: 0.2, defend: 0.2}
+    batch_size: 64
+    subset: 300
+    poison:
+      trigger: {class_path: lightning_bd.triggers.BadNets, init_args: {size: 2, pattern: white}}
+      rate: 0.1
+      target: 0
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  logger: false
+  phases:
+    inject:
+      split: inject
+      poisoned: true
+      max_epochs: 2
+      optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}
+    consolidate:
+      split: consolidate
+      max_epochs: 1
+      optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.001}}
+"""
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder with one config; nothing of a run is left in the environment."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    # Lightning 2.6 calls methods that jsonargparse 4.49 renamed.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+@pytest.fixture
+def lightning_bd(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Return a function that runs ``lightning-bd`` in this process."""
+
+    def run(*args: object) -> Outcome:
+        status: Any = 0
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of ``small.yaml``."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "small.yaml").write_text(CONFIG)
+    before = {name: os.environ.pop(name, None) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+    try:
+        main(["fit", "--config", str(folder / "small.yaml"), f"--trainer.default_root_dir={folder / 'run'}"])
+    finally:
+        del os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"]
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+    return folder / "run"
+
+
+def rows(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        return {row["phase"]: row for row in csv.DictReader(file)}
+
+
+def resolved(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return config
+
+
+def printed(out: str) -> dict[str, float]:
+    """Read the table that an evaluation prints."""
+    return {name: float(value) for name, value in re.findall(r"((?:test|val)/\w+) +│ +([\d.]+)", out)}
+
+
+# --- running
+
+
+def test_fit_writes_the_run_and_prints_the_table(lightning_bd: Command, tmp_path: Path) -> None:
+    done = lightning_bd("fit", "--config", "small.yaml")
+    run = tmp_path / "runs" / "small"
+    assert done.status == 0
+    assert {path.name for path in run.iterdir()} == {
+        "00_inject", "01_consolidate", "config.yaml", "init.ckpt", "manifest.json", "manifest.safetensors",
+        "results.csv", "run.json", "trigger.png",
+    }  # fmt: skip
+    for name, row in rows(run).items():
+        shown = rf"{name} .* {100 * float(row['clean_accuracy']):.1f} .* {100 * float(row['attack_success_rate']):.1f}"
+        assert re.search(shown, done.out), name
+    for column in ("phase", "clean acc. %", "ASR %", "robust acc. %", "epochs", "seconds"):
+        assert column in done.out
+    assert "runs/small" in done.out
+    # What was run can be run again from what was saved.
+    assert lightning_bd("fit", "--config", run / "config.yaml", f"--trainer.default_root_dir={run}").status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "rate"),
+    [
+        (["--trainer.max_epochs", "1"], ["1", "1"], 0.1),
+        (["--trainer.phases.inject.max_epochs", "1", "--data.poison.rate", "0.05"], ["1", "1"], 0.05),
+        (["--trainer.phases.consolidate.max_epochs=2"], ["2", "2"], 0.1),
+    ],
+)
+def test_options_override_the_config(
+    lightning_bd: Command, tmp_path: Path, options: list[str], epochs: list[str], rate: float
+) -> None:
+    assert lightning_bd("fit", "--config", "small.yaml", *options).status == 0
+    run = tmp_path / "runs" / "small"
+    assert [row["epochs"] for row in rows(run).values()] == epochs
+    assert PoisonManifest.load(run).rate == rate
+    assert resolved(run)["data"]["init_args"]["poison"]["rate"] == rate
+
+
+def test_a_second_config_merges_by_the_names_of_phases(lightning_bd: Command, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(
+        "trainer: {phases: {inject: {max_epochs: 1}, tail: {start_from: inject, split: defend, max_epochs: 1}}}"
+    )
+    assert lightning_bd("fit", "--config", "small.yaml", "-c", "more.yaml").status == 0
+    run = tmp_path / "runs" / "small"
+    assert {name: (row["start_from"], row["epochs"]) for name, row in rows(run).items()} == {
+        "inject": ("init", "1"), "consolidate": ("inject", "1"), "tail": ("inject", "1")
+    }  # fmt: skip
+    assert resolved(run)["trainer"]["phases"]["inject"]["split"] == "inject"
+
+
+def test_the_seed_is_the_runs(lightning_bd: Command, tmp_path: Path) -> None:
+    def weights(folder: str) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = torch.load(tmp_path / folder / "00_inject/final.ckpt")["state_dict"]
+        return state
+
+    command = ["fit", "--config", "small.yaml", "--trainer.max_epochs=1"]
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(len(folder))
+        done = lightning_bd(*command, f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}")
+        assert done.status == 0
+    assert all(torch.equal(tensor, weights("b")[name]) for name, tensor in weights("a").items())
+    assert not all(torch.equal(tensor, weights("c")[name]) for name, tensor in weights("a").items())
+
+
+def test_fresh_starts_over(lightning_bd: Command, tmp_path: Path) -> None:
+    command = ["fit", "--config", "small.yaml", "--trainer.max_epochs=1"]
+    assert lightning_bd(*command).status == 0
+    refused = lightning_bd(*command, "--data.poison.rate=0.2")
+    assert refused.status == 2
+    assert "was made with another configuration" in refused.err
+    assert "data.poison.rate: was 0.1, is 0.2" in refused.err
+    assert "--fresh" in refused.err
+    assert rows(tmp_path / "runs" / "small")["inject"]["epochs"] == "1"
+    assert lightning_bd(*command, "--data.poison.rate=0.2", "--fresh").status == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders[0] == "small"
+    assert re.fullmatch(r"small\.old-\d{8}-\d{6}", folders[1])
+    assert PoisonManifest.load(tmp_path / "runs" / "small").rate == 0.2
+
+
+# --- evaluating a checkpoint
+
+
+@pytest.mark.parametrize("phase", ["inject", "consolidate"])
+def test_test_prints_what_the_run_measured(lightning_bd: Command, trained: Path, phase: str) -> None:
+    (checkpoint,) = trained.glob(f"*_{phase}/final.ckpt")
+    done = lightning_bd("test", "--config", "small.yaml", "--ckpt_path", checkpoint)
+    assert done.status == 0
+    row = rows(trained)[phase]
+    names = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+    assert printed(done.out) == {f"test/{name}": pytest.approx(100 * float(row[name]), abs=0.006) for name in names}
+    assert not Path("runs").exists()
+
+
+def test_the_checkpoints_trigger_is_used_where_the_config_has_none(
+    lightning_bd: Command, trained: Path, tmp_path: Path
+) -> None:
+    clean = yaml.safe_load(CONFIG)
+    del clean["data"]["init_args"]["poison"]
+    (tmp_path / "clean.yaml").write_text(yaml.safe_dump(clean))
+    done = lightning_bd("test", "--config", "clean.yaml", "--ckpt_path", trained / "00_inject" / "final.ckpt")
+    success = 100 * float(rows(trained)["inject"]["attack_success_rate"])
+    assert printed(done.out)["test/attack_success_rate"] == pytest.approx(success, abs=0.006)
+
+
+def test_another_trigger_needs_the_users_word(lightning_bd: Command, trained: Path) -> None:
+    command = ["test", "--config", "small.yaml", "--ckpt_path", trained / "00_inject" / "final.ckpt"]
+    other = "--data.poison.trigger.init_args.size=3"
+    refused = lightning_bd(*command, other)
+    assert refused.status == 2
+    assert "is not the config's" in refused.err
+    assert "--override-trigger" in refused.err
+    for flag in ("--override-trigger", "--override_trigger"):
+        assert lightning_bd(*command, other, flag).status == 0
+
+
+def test_the_checkpoint_never_overrides_the_command_line(lightning_bd: Command, trained: Path, tmp_path: Path) -> None:
+    # What `save_hyperparameters` of some other module would have left, where Lightning looks.
+    checkpoint = torch.load(trained / "00_inject" / "final.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] = {"num_classes": 3, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    torch.save(checkpoint, tmp_path / "hyper.ckpt")
+    done = lightning_bd("test", "--config", "small.yaml", "--ckpt_path", "hyper.ckpt")
+    assert done.status == 0
+    accuracy = 100 * float(rows(trained)["inject"]["clean_accuracy"])
+    assert printed(done.out)["test/clean_accuracy"] == pytest.approx(accuracy, abs=0.006)
+    assert "hyper_parameters" not in torch.load(trained / "00_inject" / "final.ckpt", weights_only=True)
+
+
+def test_predict_writes_a_table(lightning_bd: Command, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "00_inject" / "final.ckpt"
+    assert lightning_bd("predict", "--config", "small.yaml", "--ckpt_path", checkpoint).status == 0
+    with (tmp_path / "runs" / "small" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        predictions = list(csv.DictReader(file))
+    assert list(predictions[0]) == ["number", "label", "prediction", "confidence"]
+    assert len(predictions) == 359  # the held-out digits
+    right = sum(row["label"] == row["prediction"] for row in predictions) / len(predictions)
+    assert right == pytest.approx(float(rows(trained)["inject"]["clean_accuracy"]), abs=1e-6)
+    assert all(0.1 <= float(row["confidence"]) <= 1 for row in predictions)
+
+
+def test_validate_needs_a_split(lightning_bd: Command, trained: Path) -> None:
+    command = ["validate", "--config", "small.yaml", "--ckpt_path", trained / "00_inject" / "final.ckpt"]
+    refused = lightning_bd(*command)
+    assert refused.status == 2
+    assert "There is no validation split: add one to `data.splits` (`val: 0.05`)" in refused.err
+    done = lightning_bd(*command, "--data.splits", "{inject: 0.6, val: 0.2, consolidate: 0.1, defend: 0.1}")
+    assert done.status == 0
+    assert set(printed(done.out)) == {f"val/{n}" for n in ("clean_accuracy", "attack_success_rate", "robust_accuracy")}
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.marker)!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("place", ["file", "state_dict", "record"])
+@pytest.mark.parametrize("subcommand", ["test", "predict"])
+def test_a_checkpoint_that_wants_to_run_code_is_refused(
+    lightning_bd: Command, trained: Path, tmp_path: Path, place: str, subcommand: str
+) -> None:
+    marker, file = tmp_path / "ran", tmp_path / "malicious.ckpt"
+    checkpoint = torch.load(trained / "00_inject" / "final.ckpt", weights_only=True)
+    bomb = Malicious(marker)
+    if place == "file":
+        file.write_bytes(pickle.dumps(bomb))
+    else:
+        checkpoint[place if place == "state_dict" else RECORD_KEY]["extra"] = bomb
+        torch.save(checkpoint, file)
+    # The bomb works.
+    torch.load(file, weights_only=False) if place != "file" else pickle.loads(file.read_bytes())
+    assert marker.exists()
+    marker.unlink()
+    refused = lightning_bd(subcommand, "--config", "small.yaml", "--ckpt_path", file)
+    assert refused.status == 2
+    assert not marker.exists()
+    assert "malicious.ckpt" in refused.err
+    assert "Nothing was executed" in refused.err
+    assert "Traceback" not in refused.err
+
+
+# --- help
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "wanted"),
+    [
+        ("fit", ["Run every phase, skipping finished ones", "trainer.phases", "Name -> phase", "--fresh", "Start over"]),
+        ("validate", ["Evaluate on the split `val`", "--ckpt_path", "its own trigger is used"]),
+        ("test", ["Evaluate on the test set", "--ckpt_path", "--override_trigger, --override-trigger"]),
+        ("predict", ["Predict the clean test set and write `predictions.csv`", "--ckpt_path"]),
+    ],
+)
+def test_help_explains_the_options(lightning_bd: Command, subcommand: str, wanted: list[str]) -> None:
+    done = lightning_bd(subcommand, "--help")
+    assert done.status == 0
+    text = " ".join(done.out.split())
+    everywhere = ["--model.backbone", "Any module that maps images", "--trainer.max_epochs", "--trainer.num_threads",
+                  "Threads per process", "A shipped config's name or the path of a YAML file"]  # fmt: skip
+    for words in [*wanted, *everywhere]:
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lightning_bd.datamodules.DigitsDataModule", ["--data.poison", "--data.splits", "Share of the training set"]),
+        ("lightning_bd.datamodules.CIFAR10DataModule", ["--data.root", "Folder that holds the data set"]),
+    ],
+)
+def test_help_of_a_datamodule(lightning_bd: Command, name: str, words: list[str]) -> None:
+    done = lightning_bd("fit", "--data.help", name)
+    assert done.status == 0
+    text = " ".join(done.out.split())
+    for word in words:
+        assert word in text
+
+
+# --- bad input
+
+
+CIFAR = ["--data", "lightning_bd.datamodules.CIFAR10DataModule", "--data.root", "nowhere"]
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "typo in an option": (["--trainer.max_epohcs", "1"], ["max_epohcs"]),
+    "typo in a data option": (["--data.subste", "1"], ["subste"]),
+    "typo in a trigger's option": (["--data.poison.trigger.init_args.sise", "1"], ["sise"]),
+    "typo in a backbone's option": (["--model.backbone.init_args.widht", "3"], ["widht"]),
+    "text for a number": (["--trainer.max_epochs", "one"], ["trainer.max_epochs", "int"]),
+    "unknown class": (["--model.backbone", "lightning_bd.backbones.resnet19"], ["resnet19"]),
+    "missing dataset": (CIFAR, ["CIFAR10DataModule", "nowhere/cifar-10-batches-py", "--data.root", "download"]),
+    "poison rate": (["--data.poison.rate", "2"], ["`rate`", "[0, 1]", "2.0"]),
+    "poison of nothing": (["--data.poison.rate", "0.0001"], ["`inject`", "rate 0.0001", "selects none"]),
+    "target": (["--data.poison.target", "11"], ["`target`", "[0, 10)", "11"]),
+    "trigger too large": (["--data.poison.trigger.init_args.size", "9"], ["`size`", "8 x 8", "9 x 9"]),
+    "splits": (["--data.splits", "{inject: 0.9, consolidate: 0.2}"], ["`splits`", "at most 1", "1.1"]),
+    "split without a class": (["--data.subset", "12"], ["split `", "class"]),
+    "unknown split": (["--trainer.phases.consolidate.split", "cons"], ["no split `cons`", "inject, consolidate"]),
+    "start_from": (["--trainer.phases.consolidate.start_from", "injct"], ["`consolidate`", "`start_from`", "`injct`"]),
+    "circle": (["--trainer.phases.inject.start_from", "consolidate"], ["`inject`", "`start_from`", "circle"]),
+    "unknown phase": (["--trainer.phases.conolidate.max_epochs", "1"], ["conolidate", "Did you mean `consolidate`?"]),
+    "unknown phase option": (["--trainer.phases.consolidate.lr", "0.1"], ["`consolidate`", "`lr`"]),
+    "unknown Trainer argument of a phase": (
+        ["--trainer.phases.inject.trainer", "{max_epoch: 3}"], ["`inject`", "`trainer.max_epoch`"],
+    ),
+    "callback's value": (
+        ["--trainer.phases.inject.callbacks",
+         "[{class_path: lightning_bd.callbacks.SharpnessAwareMinimization, init_args: {rho: -1}}]"],
+        ["`rho`", "-1"],
+    ),
+    "no poison": (["--data.poison", "null"], ["`inject`", "`data.poison` is not set"]),
+    "classes": (["--model.num_classes", "5"], ["`num_classes` 5", "DigitsDataModule has 10"]),
+    "missing checkpoint": (["--ckpt_path", "last.ckpt"], ["without `ckpt_path`"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(lightning_bd: Command, tmp_path: Path, case: str) -> None:
+    options, words = BAD[case]
+    assert_refused(lightning_bd("fit", "--config", "small.yaml", *options), words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
+
+
+def assert_refused(done: Outcome, words: list[str]) -> None:
+    assert done.status == 2, done.err
+    lines = [line for line in done.err.splitlines() if not line.startswith("Seed set to")]
+    assert len(lines) < 15, done.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in done.err, done.err
+    # The name stands at the top, before any explanation.
+    assert words[0] in "\n".join(lines[:2]), done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed_everything: 1\nseed_everything: 2\n", ["bad.yaml", "`seed_everything` is given twice", "line 2"]),
+        ("trainer: {phases: {a: {max_epochs: 1}, a: {max_epochs: 2}}}\n", ["bad.yaml", "`a` is given twice"]),
+        ("trainer: {phases: {a: {max_epoch: 1}}}\n", ["Phase `a`", "no option `max_epoch`", "Did you mean `max_epochs`?"]),
+        ("trainer: {phases: {a: 3}}\n", ["Phase `a`", "bad.yaml", "3"]),
+        ("trainer: {phases: [{name: a}]}\n", ["bad.yaml", "`trainer.phases` must map names to phases"]),
+        ("model: {num_clases: 3}\n", ["num_clases"]),
+        ("trainer: [\n", ["bad.yaml", "line 2"]),
+        ("- a\n- b\n", ["bad.yaml", "is not a mapping"]),
+    ],
+)
+def test_a_bad_config_is_named(lightning_bd: Command, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert_refused(lightning_bd("fit", "--config", "small.yaml", "--config", "bad.yaml"), words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "small.yaml"]
+
+
+@pytest.mark.parametrize("name", ["sbl_digit", "missing.yaml"])
+def test_an_unknown_config_lists_the_shipped_ones(lightning_bd: Command, name: str) -> None:
+    done = lightning_bd("fit", "--config", name)
+    assert_refused(done, [f"`{name}`", *shipped_configs()])
+    assert ("Did you mean `sbl_digits`?" in done.err) == (name == "sbl_digit")
+
+
+@pytest.mark.parametrize(("args", "words"), [([], ["subcommand"]), (["fitt"], ["fitt", "fit", "test"])])
+def test_a_wrong_subcommand(lightning_bd: Command, args: list[str], words: list[str]) -> None:
+    assert_refused(lightning_bd(*args), words)
+
+
+def test_a_checkpoint_that_does_not_fit(lightning_bd: Command, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "00_inject" / "final.ckpt"
+    command = ["test", "--config", "small.yaml", "--ckpt_path"]
+    wider = lightning_bd(*command, checkpoint, "--model.backbone.init_args.width=8")
+    assert_refused(wider, [str(checkpoint), "`backbone.features.0.weight`", "(4, 1, 3, 3)", "(8, 1, 3, 3)"])
+    other = lightning_bd(*command, checkpoint, "--model.backbone=lightning_bd.backbones.resnet20",
+                         "--model.backbone.in_channels=1", "--model.backbone.num_classes=10")  # fmt: skip
+    assert_refused(other, [str(checkpoint), "`backbone.", "is not in the checkpoint"])
+    assert_refused(lightning_bd(*command, "missing.ckpt"), ["missing.ckpt", "final.ckpt"])
+    (tmp_path / "broken.ckpt").write_bytes(checkpoint.read_bytes()[:5000])
+    assert_refused(lightning_bd(*command, "broken.ckpt"), ["broken.ckpt"])
+
+
+def test_a_loss_that_is_not_finite_leaves_with_1(lightning_bd: Command, tmp_path: Path) -> None:
+    done = lightning_bd(
+        "fit", "--config", "small.yaml", "--trainer.phases.inject.optimizer.init_args.lr", "1e30",
+        "--trainer.phases.inject.max_epochs=5",
+    )  # fmt: skip
+    assert done.status == 1
+    assert "error: Phase `inject`: the loss is not finite at step" in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "runs" / "small" / "results.csv").exists()
+
+
+def test_the_place_of_an_error_can_be_seen(lightning_bd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_BD_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="Expected argument `target` to be a class"):
+        lightning_bd("fit", "--config", "small.yaml", "--data.poison.target", "11")
+
+
+# --- as a command
+
+
+def command(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_bd", *args], env=environment, cwd=folder, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_fits_and_prints_nothing_alarming(tmp_path: Path) -> None:
+    done = command("fit", "--config", "small.yaml", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=true",
+                   "--trainer.logger=true", folder=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Test set, after each phase" in done.stdout
+    assert not re.search("warn|traceback|deprecat|litlogger|litmodels", done.stdout + done.stderr, re.IGNORECASE)
+    assert list(rows(tmp_path / "runs" / "small")) == ["inject", "consolidate"]
+
+
+@pytest.mark.slow
+def test_a_refused_command(tmp_path: Path) -> None:
+    done = command("fit", "--config", "small.yaml", "--trainer.max_epohcs=1", folder=tmp_path)
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), ["max_epohcs"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes(tmp_path: Path) -> None:
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = command("fit", "--config", "sbl_digits", "--trainer.max_epochs=2", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Test set, after each phase") == 1
+    run = tmp_path / "runs" / "sbl_digits"
+    assert len(rows(run)) == 6
+    # One process measures the same as two.
+    alone = command("test", "--config", "sbl_digits", "--ckpt_path", str(run / "00_inject/final.ckpt"), folder=tmp_path)
+    row = rows(run)["inject"]
+    assert printed(alone.stdout)["test/clean_accuracy"] == pytest.approx(100 * float(row["clean_accuracy"]), abs=0.006)
+    assert printed(alone.stdout)["test/attack_success_rate"] == pytest.approx(
+        100 * float(row["attack_success_rate"]), abs=0.006
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lower_precision(lightning_bd: Command, tmp_path: Path, precision: str) -> None:
+    sam = "[{class_path: lightning_bd.callbacks.SharpnessAwareMinimization}]"
+    ewc = "[{class_path: lightning_bd.callbacks.ElasticWeightConsolidation}]"
+    done = lightning_bd(
+        "fit", "--config", "small.yaml", "--trainer.precision", precision, "--trainer.phases.inject.callbacks", sam,
+        "--trainer.phases.consolidate.callbacks", ewc,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    state = torch.load(tmp_path / "runs/small/01_consolidate/final.ckpt", weights_only=True)["state_dict"]
+    assert state["backbone.fc.weight"].dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
