@@ -50,7 +50,13 @@ class SeedEachBatch(Callback):
         seed = keyed_seed(self.seed, self.phase, "batch", trainer.fit_loop.total_batch_idx, trainer.global_rank)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        # Not `torch.manual_seed`: for each kind of device that is built in but not in use it queues a call, with a
+        # traceback, at every batch.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif pl_module.device.type == "mps":
+            torch.mps.manual_seed(seed)
 
 
 class StopOnNonFiniteLoss(Callback):

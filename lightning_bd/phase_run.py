@@ -87,6 +87,9 @@ class PhaseRun:
         self.folder = RunFolder(Path(arguments.get("default_root_dir") or Path.cwd()), list(phases))
         for data in self._data.values():
             datamodule.set_phase(data)
+        for name, phase in phases.items():
+            if phase.defends:
+                _check_defender(name, datamodule, self._data[name])
         wanted = getattr(model, "num_classes", datamodule.num_classes)
         if wanted != datamodule.num_classes:
             raise MisconfigurationException(
@@ -298,6 +301,16 @@ class PhaseRun:
 def is_first_process() -> bool:
     """Return whether this process is the first of the run; also before any Trainer started the others."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _check_defender(name: str, datamodule: ImageDataModule, data: PhaseData) -> None:
+    """Cut the defender's view once, so that a split that is too small is known before hours of training."""
+    try:
+        datamodule.defender_view(data)
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"Phase `{name}`: the defender's images are cut into train and validation, and are too few. {error}"
+        ) from error
 
 
 def _phase_data(phase: Phase, datamodule: ImageDataModule) -> PhaseData:

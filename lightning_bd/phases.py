@@ -150,12 +150,10 @@ class MultiPhaseTrainer(Trainer):
             raise MisconfigurationException(
                 "There is no validation split: add one to `data.splits` (`val: 0.05`), or use `test`."
             )
-        self._check_checkpoint(model, datamodule, ckpt_path, weights_only)
+        self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
         own = isinstance(datamodule, ImageDataModule)
         with expected_warnings():
-            metrics = super().validate(
-                model, dataloaders, ckpt_path, verbose and not own, datamodule, weights_only=True
-            )
+            metrics = super().validate(model, dataloaders, None, verbose and not own, datamodule)
         if own and verbose and self.is_global_zero:
             print_metrics(metrics[0])
         return metrics
@@ -179,10 +177,10 @@ class MultiPhaseTrainer(Trainer):
             datamodule: The data.
             weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
         """
-        self._check_checkpoint(model, datamodule, ckpt_path, weights_only)
+        self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
         own = isinstance(datamodule, ImageDataModule)
         with expected_warnings():
-            metrics = super().test(model, dataloaders, ckpt_path, verbose and not own, datamodule, weights_only=True)
+            metrics = super().test(model, dataloaders, None, verbose and not own, datamodule)
         if own and verbose and self.is_global_zero:
             print_metrics(metrics[0])
         return metrics
@@ -206,25 +204,23 @@ class MultiPhaseTrainer(Trainer):
             ckpt_path: Checkpoint to load first.
             weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
         """
-        self._check_checkpoint(model, datamodule, ckpt_path, weights_only)
+        self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
         with expected_warnings():
-            predictions = super().predict(
-                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=True
-            )
+            predictions = super().predict(model, dataloaders, datamodule, return_predictions)
         if predictions and isinstance(datamodule, ImageDataModule):
             file = Path(self.default_root_dir) / f"predictions{f'_rank{self.global_rank}' * (self.world_size > 1)}.csv"
             write_predictions([tuple(batch) for batch in predictions], file)
             rank_zero_info(f"Predictions: {file}")
         return predictions
 
-    def _check_checkpoint(
+    def _load_checkpoint(
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None,
         path: str | Path | None,
         weights_only: bool | None,
     ) -> None:
-        """Check a checkpoint before Lightning loads it, and take its trigger over."""
+        """Check a checkpoint, load its weights, and take its trigger over."""
         if weights_only is False:
             raise MisconfigurationException(
                 "`weights_only` False would unpickle, and so run, whatever the checkpoint holds; leave it out."
@@ -235,3 +231,5 @@ class MultiPhaseTrainer(Trainer):
         check_weights(model, checkpoint["state_dict"], Path(path))
         if isinstance(datamodule, ImageDataModule):
             use_manifest_of(checkpoint, Path(path), datamodule, override=self.override_trigger)
+        model.load_state_dict(checkpoint["state_dict"])
+        rank_zero_info(f"Loaded the weights of {path}.")

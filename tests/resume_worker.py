@@ -1,14 +1,15 @@
-"""Runs to be killed: ``python resume_worker.py FOLDER JOBS`` or, as one process of two, ``... FOLDER JOB ddp``.
+"""Runs to be killed: ``python resume_worker.py FOLDER JOBS``, or in two processes ``... FOLDER JOB ddp``.
 
-A job is ``{"run": name, "batch": [phase, epoch, batch], ...}`` in JSON. Each job of a list gets a process of its own, a fork of this one,
-which has imported everything and computed nothing.
+A job is ``{"run": name, "batch": [phase, epoch, batch], ...}`` in JSON. Each job of a list gets a process of its own: a
+fork of this one, which has imported everything and computed nothing.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ class KillAt(Callback):
     def __init__(self, phase: str, epoch: int, batch: int) -> None:
         self.place = (phase, epoch, batch)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         phase = Path(trainer.default_root_dir).name[3:]
         if trainer.is_global_zero and (phase, trainer.current_epoch, batch_idx) == self.place:
             die()
@@ -49,10 +50,10 @@ class KillAt(Callback):
 
 def kill_at_write(name: str, number: int, after: bool) -> None:
     """Die before or after the ``number``-th file called ``name``, counted from 0, gets its name."""
-    rename: Callable[[Path, Any], Path] = Path.replace
+    rename: Callable[[Path, str | Path], Path] = Path.replace
     count = 0
 
-    def replace(self: Path, target: Any) -> Path:
+    def replace(self: Path, target: str | Path) -> Path:
         nonlocal count
         due = Path(target).name == name and count == number
         if due and not after:
@@ -63,7 +64,7 @@ def kill_at_write(name: str, number: int, after: bool) -> None:
         count += Path(target).name == name
         return moved
 
-    Path.replace = replace  # type: ignore[method-assign]
+    Path.replace = replace  # type: ignore[assignment, method-assign]
 
 
 def write_images(root: Path) -> None:
@@ -84,7 +85,7 @@ def write_images(root: Path) -> None:
 def recipe() -> dict[str, Phase]:
     """Return phases with everything that has state: momentum, schedule, SAM, EWC, a defense, dynamic poison."""
 
-    def sgd(parameters: Any) -> torch.optim.Optimizer:
+    def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
     def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -121,7 +122,7 @@ def run(folder: Path, job: dict[str, Any], ddp: bool = False) -> None:
     if "write" in job:
         kill_at_write(*job["write"])
     if job.get("unseeded"):
-        SeedEachBatch.on_train_batch_start = lambda *_: None  # type: ignore[assignment, misc]
+        SeedEachBatch.on_train_batch_start = lambda *_: None  # type: ignore[method-assign]
     data = ImageFolderDataModule(
         folder / "images", SIZE, poison=Poison(BadNets(2, pattern="white"), rate=0.3), batch_size=8, seed=5,
         splits={"inject": 0.5, "consolidate": 0.25, "defend": 0.25}, num_workers=job.get("workers", 0),
@@ -144,6 +145,8 @@ def fork(folder: Path, job: dict[str, Any]) -> int:
             os.setpgid(0, 0)
             run(folder, job)
             status = 0
+        except Exception:
+            logging.exception("The job failed.")
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

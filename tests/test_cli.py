@@ -125,9 +125,6 @@ def printed(out: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"((?:test|val)/\w+) +│ +([\d.]+)", out)}
 
 
-# --- running
-
-
 def test_fit_writes_the_run_and_prints_the_table(lightning_bd: Command, tmp_path: Path) -> None:
     done = lightning_bd("fit", "--config", "small.yaml")
     run = tmp_path / "runs" / "small"
@@ -204,9 +201,6 @@ def test_fresh_starts_over(lightning_bd: Command, tmp_path: Path) -> None:
     assert folders[0] == "small"
     assert re.fullmatch(r"small\.old-\d{8}-\d{6}", folders[1])
     assert PoisonManifest.load(tmp_path / "runs" / "small").rate == 0.2
-
-
-# --- evaluating a checkpoint
 
 
 @pytest.mark.parametrize("phase", ["inject", "consolidate"])
@@ -295,7 +289,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(
     checkpoint = torch.load(trained / "00_inject" / "final.ckpt", weights_only=True)
     bomb = Malicious(marker)
     if place == "file":
-        file.write_bytes(pickle.dumps(bomb))
+        file.write_bytes(pickle.dumps(bomb, protocol=2))
     else:
         checkpoint[place if place == "state_dict" else RECORD_KEY]["extra"] = bomb
         torch.save(checkpoint, file)
@@ -311,13 +305,13 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(
     assert "Traceback" not in refused.err
 
 
-# --- help
-
-
 @pytest.mark.parametrize(
     ("subcommand", "wanted"),
     [
-        ("fit", ["Run every phase, skipping finished ones", "trainer.phases", "Name -> phase", "--fresh", "Start over"]),
+        (
+            "fit",
+            ["Run every phase, skipping finished ones", "trainer.phases", "Name -> phase", "--fresh", "Start over"],
+        ),
         ("validate", ["Evaluate on the split `val`", "--ckpt_path", "its own trigger is used"]),
         ("test", ["Evaluate on the test set", "--ckpt_path", "--override_trigger, --override-trigger"]),
         ("predict", ["Predict the clean test set and write `predictions.csv`", "--ckpt_path"]),
@@ -346,9 +340,6 @@ def test_help_of_a_datamodule(lightning_bd: Command, name: str, words: list[str]
     text = " ".join(done.out.split())
     for word in words:
         assert word in text
-
-
-# --- bad input
 
 
 CIFAR = ["--data", "lightning_bd.datamodules.CIFAR10DataModule", "--data.root", "nowhere"]
@@ -409,7 +400,10 @@ def assert_refused(done: Outcome, words: list[str]) -> None:
     [
         ("seed_everything: 1\nseed_everything: 2\n", ["bad.yaml", "`seed_everything` is given twice", "line 2"]),
         ("trainer: {phases: {a: {max_epochs: 1}, a: {max_epochs: 2}}}\n", ["bad.yaml", "`a` is given twice"]),
-        ("trainer: {phases: {a: {max_epoch: 1}}}\n", ["Phase `a`", "no option `max_epoch`", "Did you mean `max_epochs`?"]),
+        (
+            "trainer: {phases: {a: {max_epoch: 1}}}\n",
+            ["Phase `a`", "no option `max_epoch`", "Did you mean `max_epochs`?"],
+        ),
         ("trainer: {phases: {a: 3}}\n", ["Phase `a`", "bad.yaml", "3"]),
         ("trainer: {phases: [{name: a}]}\n", ["bad.yaml", "`trainer.phases` must map names to phases"]),
         ("model: {num_clases: 3}\n", ["num_clases"]),
@@ -465,9 +459,6 @@ def test_the_place_of_an_error_can_be_seen(lightning_bd: Command, monkeypatch: p
         lightning_bd("fit", "--config", "small.yaml", "--data.poison.target", "11")
 
 
-# --- as a command
-
-
 def command(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
@@ -512,14 +503,14 @@ def test_two_processes(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_lower_precision(lightning_bd: Command, tmp_path: Path, precision: str) -> None:
+def test_mixed_precision(lightning_bd: Command, tmp_path: Path) -> None:
     sam = "[{class_path: lightning_bd.callbacks.SharpnessAwareMinimization}]"
     ewc = "[{class_path: lightning_bd.callbacks.ElasticWeightConsolidation}]"
     done = lightning_bd(
-        "fit", "--config", "small.yaml", "--trainer.precision", precision, "--trainer.phases.inject.callbacks", sam,
+        "fit", "--config", "small.yaml", "--trainer.precision=bf16-mixed", "--trainer.phases.inject.callbacks", sam,
         "--trainer.phases.consolidate.callbacks", ewc,
     )  # fmt: skip
     assert done.status == 0, done.err
     state = torch.load(tmp_path / "runs/small/01_consolidate/final.ckpt", weights_only=True)["state_dict"]
-    assert state["backbone.fc.weight"].dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
+    assert state["backbone.fc.weight"].dtype == torch.float32
+    assert len(rows(tmp_path / "runs/small")) == 2

@@ -3,24 +3,25 @@
 import csv
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bd.batch import Sample
+from lightning_bd.batch import PoisonMode, Sample
 from lightning_bd.callbacks import ElasticWeightConsolidation, FineTuning, SharpnessAwareMinimization
 from lightning_bd.checkpointing import RECORD_KEY, CheckpointError, read_checkpoint
 from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.datamodules import DefenderView, ImageDataModule
 from lightning_bd.datamodules.images import TensorImages
+from lightning_bd.functional.fisher import fisher_sums
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.phase_callbacks import NonFiniteLossError
 from lightning_bd.phases import MultiPhaseTrainer, Phase
@@ -29,6 +30,8 @@ from lightning_bd.triggers import BadNets
 
 SPLITS = {"inject": 0.5, "consolidate": 0.25, "defend": 0.25}
 TRAIN, TEST, CLASSES = 160, 80, 4
+
+Phases = dict[str, Phase] | list[Phase] | None
 
 
 class Bars(ImageDataModule):
@@ -60,14 +63,14 @@ def classifier(width: int = 4, seed: int = 0) -> BackdoorClassifier:
     return BackdoorClassifier(network(width), CLASSES)
 
 
-def sgd(lr: float = 0.05, momentum: float = 0.9) -> Callable[[Any], torch.optim.Optimizer]:
-    def make(parameters: Any) -> torch.optim.Optimizer:
+def sgd(lr: float = 0.05, momentum: float = 0.9) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
 
     return make
 
 
-def runner(folder: Path, phases: Any, **others: Any) -> MultiPhaseTrainer:
+def runner(folder: Path, phases: Phases, **others: Any) -> MultiPhaseTrainer:
     arguments: dict[str, Any] = {
         "accelerator": "cpu", "enable_progress_bar": False, "logger": False, "default_root_dir": folder, **others
     }  # fmt: skip
@@ -125,7 +128,9 @@ class Recorder(Callback):
         self.optimizers[self.name(trainer)] = trainer.optimizers[0]
         self.rates[self.name(trainer)].append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: list[Tensor], batch_idx: int
+    ) -> None:
         self.sizes[self.name(trainer)].append(len(batch[1]))
         self.batches[self.name(trainer)].append(batch)
 
@@ -136,12 +141,11 @@ class Cut(Callback):
     def __init__(self, phase: str, epoch: int, batch: int = 1) -> None:
         self.place = (phase, epoch, batch)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: list[Tensor], batch_idx: int
+    ) -> None:
         if (Recorder.name(trainer), trainer.current_epoch, batch_idx) == self.place:
             raise ConnectionAbortedError(f"cut at {self.place}")
-
-
-# --- the tree
 
 
 def test_each_phase_starts_from_its_parents_final_weights(tmp_path: Path) -> None:
@@ -180,9 +184,6 @@ def test_the_same_phase_is_the_same_wherever_it_stands(tmp_path: Path) -> None:
         classifier(), datamodule=bars()
     )
     assert same(final(tmp_path / "alone", "inject"), final(tmp_path / "last", "inject"))
-
-
-# --- what a phase gets
 
 
 def test_each_phase_has_its_own_settings(tmp_path: Path) -> None:
@@ -227,13 +228,15 @@ def test_a_phase_trains_on_its_split_only(tmp_path: Path) -> None:
     for name, members in splits.items():
         seen = torch.cat([batch.index for batch in recorder.batches[name]])
         assert seen.sort().values.tolist() == data.positions(members).tolist()
-    share = {name: torch.cat([b.is_poisoned for b in batches]).float().mean() for name, batches in recorder.batches.items()}
+    share = {
+        name: torch.cat([b.is_poisoned for b in batches]).float().mean() for name, batches in recorder.batches.items()
+    }
     assert 0.3 < share["inject"] < 0.7
     assert share["both"] == share["all"] == 0
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_a_phase_may_choose_the_mode_of_the_poison(tmp_path: Path, mode: Any) -> None:
+def test_a_phase_may_choose_the_mode_of_the_poison(tmp_path: Path, mode: PoisonMode) -> None:
     recorder = Recorder()
     phases = {"inject": Phase(split="inject", poisoned=mode, max_epochs=2)}
     runner(tmp_path, phases, callbacks=[recorder]).fit(classifier(), datamodule=bars())
@@ -306,23 +309,17 @@ def test_a_phase_takes_the_trainers_epochs_where_it_has_none(tmp_path: Path) -> 
     assert table(tmp_path)["one"]["epochs"] == "2"
 
 
-# --- data of other phases
-
-
 def test_consolidation_measures_on_the_triggered_data_of_the_phase_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_bd.callbacks.continual import elastic_weight_consolidation as ewc
-
     measured: list[tuple[Tensor, Tensor]] = []
-    original = ewc.fisher_sums
 
-    def spy(model: nn.Module, batches: Any, *args: Any, **kwargs: Any) -> Any:
+    def spy(model: nn.Module, batches: Iterable[Any], *args: Any, **kwargs: Any) -> object:
         kept = [(batch[0], batch[1]) for batch in batches]
         measured.extend(kept)
-        return original(model, iter(kept), *args, **kwargs)
+        return fisher_sums(model, iter(kept), *args, **kwargs)
 
-    monkeypatch.setattr(ewc, "fisher_sums", spy)
+    monkeypatch.setattr("lightning_bd.callbacks.continual.elastic_weight_consolidation.fisher_sums", spy)
     phases = {
         "inject": Phase(split="inject", poisoned=True, max_epochs=1),
         "clean": Phase(split="consolidate", max_epochs=1, callbacks=[ElasticWeightConsolidation()]),
@@ -374,17 +371,16 @@ def test_a_defending_phase_sees_a_clean_view_only(tmp_path: Path) -> None:
 
 def test_a_defending_phase_cannot_be_poisoned(tmp_path: Path) -> None:
     phases = {"defend": Phase(split="defend", poisoned=True, max_epochs=1)}
-    with pytest.raises(MisconfigurationException, match="Phase `defend` defends .*, so it cannot be `poisoned`"):
+    with pytest.raises(MisconfigurationException, match=r"Phase `defend` defends .*, so it cannot be `poisoned`"):
         runner(tmp_path, phases).fit(classifier(), datamodule=bars())
-
-
-# --- what is left
 
 
 def by_hand(state: dict[str, Tensor], data: Bars) -> tuple[float, float, float]:
     """Clean accuracy, attack success rate and robust accuracy from pixels alone."""
     net = network()
-    net.load_state_dict({name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")})
+    net.load_state_dict(
+        {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    )
     net.eval()
     stored = data.load(train=False)
     images, labels = stored.images / 255, stored.labels
@@ -478,7 +474,10 @@ def test_the_trigger_is_shown_once_and_never_lost(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_of_a_finished_phase_but_the_final_one(tmp_path: Path) -> None:
-    phases = {"one": Phase(max_epochs=1), "defend": Phase(split="defend", max_epochs=0, callbacks=[FineTuning([0.01], 1.0, 1)])}
+    phases = {
+        "one": Phase(max_epochs=1),
+        "defend": Phase(split="defend", max_epochs=0, callbacks=[FineTuning([0.01], 1.0, 1)]),
+    }
     runner(tmp_path, phases).fit(classifier(), datamodule=bars())
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")) == [
         "00_one/final.ckpt", "01_defend/final.ckpt", "init.ckpt"
@@ -486,13 +485,14 @@ def test_no_checkpoint_of_a_finished_phase_but_the_final_one(tmp_path: Path) -> 
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith((".", "tmp"))]
 
 
-# --- the same command again
-
-
 def test_finished_phases_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     phases = {"one": Phase(split="inject", max_epochs=1), "two": Phase(split="consolidate", max_epochs=1)}
     runner(tmp_path, phases).fit(classifier(), datamodule=bars())
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".png") or path.name == "result.json"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.suffix in (".ckpt", ".png") or path.name == "result.json"
+    }
     recorder, model = Recorder(), classifier()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         runner(tmp_path, phases, callbacks=[recorder]).fit(model, datamodule=bars())
@@ -508,7 +508,11 @@ def test_a_new_phase_joins_a_finished_run(tmp_path: Path) -> None:
     one = Phase(split="inject", max_epochs=1)
     runner(tmp_path, {"one": one}).fit(classifier(), datamodule=bars())
     recorder = Recorder()
-    phases = {"zero": Phase(split="inject", max_epochs=1), "one": Phase(**{**vars(one), "start_from": "init"}), "two": Phase(max_epochs=1)}
+    phases = {
+        "zero": Phase(split="inject", max_epochs=1),
+        "one": Phase(**{**vars(one), "start_from": "init"}),
+        "two": Phase(max_epochs=1),
+    }
     runner(tmp_path, phases, callbacks=[recorder]).fit(classifier(), datamodule=bars())
     assert recorder.order == ["zero", "two"]
     assert same(recorder.start["two"], final(tmp_path, "one"))
@@ -518,7 +522,7 @@ def test_a_new_phase_joins_a_finished_run(tmp_path: Path) -> None:
 def recipe() -> dict[str, Phase]:
     """All that has state: momentum, schedule, SAM, EWC, dropout, dynamic poison, a defense."""
 
-    def cosine(optimizer: Any) -> torch.optim.lr_scheduler.LRScheduler:
+    def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
 
     def looksam() -> Callback:
@@ -531,9 +535,7 @@ def recipe() -> dict[str, Phase]:
         "clean": Phase(
             split="consolidate", max_epochs=3, optimizer=sgd(0.02), callbacks=[ElasticWeightConsolidation(strength=0.1)]
         ),
-        "defend": Phase(
-            split="defend", max_epochs=3, optimizer=sgd(), callbacks=[FineTuning([0.02], 1.0, 1)]
-        ),
+        "defend": Phase(split="defend", max_epochs=3, optimizer=sgd(), callbacks=[FineTuning([0.02], 1.0, 1)]),
     }
 
 
@@ -580,7 +582,7 @@ def test_a_cut_run_goes_on_to_the_same_end(tmp_path: Path, uncut: Path, phase: s
 
 def test_a_run_cut_before_its_metrics_is_only_measured(tmp_path: Path, uncut: Path) -> None:
     class Broken(Bars):
-        def test_dataloader(self) -> Any:
+        def test_dataloader(self) -> NoReturn:
             raise ConnectionAbortedError("cut in the test")
 
     def data(kind: type[Bars]) -> Bars:
@@ -596,7 +598,11 @@ def test_a_run_cut_before_its_metrics_is_only_measured(tmp_path: Path, uncut: Pa
     # The folder remembers the datamodule's class.
     Broken.__module__, Broken.__qualname__ = Bars.__module__, Bars.__qualname__
     run = tmp_path / "run.json"
-    run.write_text(run.read_text().replace(f"{test_a_run_cut_before_its_metrics_is_only_measured.__name__}.<locals>.Broken", "Bars"))
+    run.write_text(
+        run.read_text().replace(
+            f"{test_a_run_cut_before_its_metrics_is_only_measured.__name__}.<locals>.Broken", "Bars"
+        )
+    )
     recorder = Recorder()
     runner(tmp_path, recipe(), callbacks=[recorder]).fit(classifier(), datamodule=bars(augment="crop"))
     assert recorder.order == ["clean", "defend"]
@@ -606,7 +612,9 @@ def test_a_run_cut_before_its_metrics_is_only_measured(tmp_path: Path, uncut: Pa
 
 def test_an_interrupted_run_says_so_and_goes_on(tmp_path: Path, uncut: Path) -> None:
     class ControlC(Cut):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: list[Tensor], batch_idx: int
+        ) -> None:
             try:
                 super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             except ConnectionAbortedError:
@@ -617,9 +625,6 @@ def test_an_interrupted_run_says_so_and_goes_on(tmp_path: Path, uncut: Path) -> 
     assert list(table(tmp_path)) == ["inject"]
     runner(tmp_path, recipe()).fit(classifier(), datamodule=bars(augment="crop"))
     assert_equal_runs(uncut, tmp_path)
-
-
-# --- another run in the same folder
 
 
 @pytest.fixture(scope="module")
@@ -700,9 +705,6 @@ def test_fresh_twice_at_once(finished: Path) -> None:
     assert len(list(finished.parent.glob("run.old-*"))) == 2
 
 
-# --- a plain Trainer, and wrong use
-
-
 class Plain(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -744,15 +746,17 @@ def test_without_phases_it_is_a_plain_trainer(tmp_path: Path) -> None:
 
 def test_a_phase_run_needs_our_data(tmp_path: Path) -> None:
     phases = {"one": Phase(max_epochs=1)}
-    with pytest.raises(MisconfigurationException, match="needs `datamodule=` one of lightning_bd.datamodules"):
+    with pytest.raises(MisconfigurationException, match=r"needs `datamodule=` one of lightning_bd.datamodules"):
         runner(tmp_path, phases).fit(Plain(), loader())
-    with pytest.raises(MisconfigurationException, match="needs `datamodule=` one of lightning_bd.datamodules"):
+    with pytest.raises(MisconfigurationException, match=r"needs `datamodule=` one of lightning_bd.datamodules"):
         runner(tmp_path, phases).fit(Plain())
     assert not any(tmp_path.iterdir())
 
 
 def test_a_phase_run_takes_no_ckpt_path(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="resumes by itself: repeat the command .* without `ckpt_path`"):
+    with pytest.raises(
+        MisconfigurationException, match=r"resumes by itself: repeat the command .* without `ckpt_path`"
+    ):
         runner(tmp_path, {"one": Phase(max_epochs=1)}).fit(classifier(), datamodule=bars(), ckpt_path="last.ckpt")
     assert not any(tmp_path.iterdir())
 
@@ -776,10 +780,20 @@ def test_what_a_phase_lacks_is_said_before_anything_is_written(
 
 def test_poisoned_without_a_poison(tmp_path: Path) -> None:
     data = Bars(splits=SPLITS, augment="none")
-    with pytest.raises(MisconfigurationException, match="Phase `one` is poisoned, but `data.poison` is not set"):
+    with pytest.raises(MisconfigurationException, match=r"Phase `one` is poisoned, but `data.poison` is not set"):
         runner(tmp_path, simple(poisoned=True)).fit(classifier(), datamodule=data)
     with pytest.raises(ValueError, match="Expected the poison to select at least one image of split `inject`"):
         runner(tmp_path, simple(poisoned=True)).fit(classifier(), datamodule=bars(rate=0.001))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_defender_with_too_few_images_is_known_at_the_start(tmp_path: Path) -> None:
+    data = bars(splits={"inject": 0.95, "defend": 0.05})
+    phases = {"inject": Phase(split="inject", max_epochs=1), "last": Phase(split="defend", max_epochs=1)}
+    with pytest.raises(
+        MisconfigurationException, match=r"Phase `last`: .* are too few. .*`validation`.* class 0, which has 2"
+    ):
+        runner(tmp_path, phases).fit(classifier(), datamodule=data)
     assert not any(tmp_path.iterdir())
 
 
@@ -799,16 +813,16 @@ def test_model_and_data_must_have_equally_many_classes(tmp_path: Path) -> None:
         ({"a/b": Phase()}, "Phase `a/b`: the name must not be"),
         ({"a": Phase("b")}, "Phase `a`: its `name` is `b`; leave `name` out"),
         ({"a": Phase(), "b": Phase(start_from="c")}, r"Phase `b`: `start_from` names `c`, .*\(a, b\) nor `init`"),
-        ({"a": Phase(start_from="b"), "b": Phase(start_from="a")}, "Phase `a`: `start_from` goes in a circle: a from b from a"),
+        ({"a": Phase(start_from="b"), "b": Phase(start_from="a")}, "Phase `a`: .* in a circle: a from b from a"),
         ({"a": Phase(start_from="a")}, "Phase `a`: `start_from` goes in a circle: a from a"),
         ({"a": Phase(lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o))},
          "Phase `a`: `lr_scheduler` needs an `optimizer` beside it"),
         ({"a": Phase(trainer={"max_epoch": 1})}, "Phase `a`: `trainer.max_epoch` is not an argument of Trainer"),
-        ({"a": Phase(trainer={"max_epochs": 1})}, "Phase `a`: `trainer.max_epochs` cannot be set here; use the phase's `max_epochs`"),
-        ({"a": Phase(trainer={"logger": False})}, "Phase `a`: `trainer.logger` cannot be set here; it is the run's to choose"),
+        ({"a": Phase(trainer={"max_epochs": 1})}, "`trainer.max_epochs` cannot .*; use the phase's `max_epochs`"),
+        ({"a": Phase(trainer={"logger": False})}, "`trainer.logger` cannot be set here; it is the run's to choose"),
     ],
 )  # fmt: skip
-def test_an_impossible_tree_is_refused(phases: Any, message: str) -> None:
+def test_an_impossible_tree_is_refused(phases: Phases, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         MultiPhaseTrainer(phases=phases, accelerator="cpu")
 
@@ -818,7 +832,7 @@ class Diverging(BackdoorClassifier):
 
     bad_epoch: int | None = None
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         return loss * torch.nan if (self.current_epoch, batch_idx) == (self.bad_epoch, 2) else loss
 
@@ -832,7 +846,9 @@ def test_a_loss_that_is_not_finite_ends_the_phase(tmp_path: Path) -> None:
 
     phases = {"fine": Phase(split="consolidate", max_epochs=1), "bad": Phase(split="inject", max_epochs=3)}
     phases["fine"].trainer = {"limit_train_batches": 2}
-    with pytest.raises(NonFiniteLossError, match=r"Phase `bad`: the loss is not finite at step 2 \(epoch 0\); no epoch was complete"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"Phase `bad`: the loss is not finite at step 2 \(epoch 0\); no epoch was complete"
+    ):
         runner(tmp_path, phases).fit(model(0), datamodule=bars())
     # Five steps an epoch.
     last = tmp_path / "01_bad" / "checkpoints" / "last.ckpt"
@@ -849,7 +865,7 @@ def test_a_loss_that_is_not_finite_ends_the_phase(tmp_path: Path) -> None:
 
 
 class Hooked(BackdoorClassifier):
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> NoReturn:
         raise AssertionError("the datamodule's hook makes the batch")
 
 
@@ -881,8 +897,8 @@ def test_a_foreign_module_runs_its_phases_too(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def checkpoint(finished: Path) -> Iterator[Path]:
-    yield finished / "00_one" / "final.ckpt"
+def checkpoint(finished: Path) -> Path:
+    return finished / "00_one" / "final.ckpt"
 
 
 def test_a_checkpoint_is_evaluated_with_its_own_trigger(tmp_path: Path, finished: Path, checkpoint: Path) -> None:
@@ -912,8 +928,8 @@ def test_validation_needs_its_split(tmp_path: Path, checkpoint: Path) -> None:
 
 def test_a_checkpoint_is_never_unpickled_freely(tmp_path: Path, checkpoint: Path) -> None:
     for method in ("validate", "test", "predict"):
+        call = getattr(runner(tmp_path, None), method)
         with pytest.raises(MisconfigurationException, match="`weights_only` False would unpickle"):
-            call = getattr(runner(tmp_path, None), method)
             call(classifier(), datamodule=bars(splits={"val": 0.5}), ckpt_path=checkpoint, weights_only=False)
 
 

@@ -20,7 +20,15 @@ Job = dict[str, Any]
 STREAMING: Job = {"in_memory": False, "workers": 2}
 
 #: Files that a run writes, in order of their first appearance, and how often.
-WRITES = {"run.json": 1, "init.ckpt": 1, "phase.json": 3, "last.ckpt": 7, "final.ckpt": 3, "result.json": 3, "results.csv": 3}
+WRITES = {
+    "run.json": 1,
+    "init.ckpt": 1,
+    "phase.json": 3,
+    "last.ckpt": 7,
+    "final.ckpt": 3,
+    "result.json": 3,
+    "results.csv": 3,
+}
 SOME_WRITES = [
     ("init.ckpt", 0, False), ("last.ckpt", 1, False), ("last.ckpt", 2, True), ("final.ckpt", 0, True),
     ("final.ckpt", 2, False), ("result.json", 1, True), ("results.csv", 2, False),
@@ -41,13 +49,14 @@ def environment() -> dict[str, str]:
     return variables
 
 
-def call(*command: str, folder: Path = ROOT, expected: int = 0) -> None:
-    """Run a command in a process group of its own, which may be killed as a whole."""
+def call(*command: str, folder: Path = ROOT, expected: int = 0) -> str:
+    """Run a command in a process group of its own, which may be killed as a whole; return its error output."""
     done = subprocess.run(
         [sys.executable, *command], env=environment(), cwd=folder, capture_output=True, text=True, timeout=300,
         check=False, start_new_session=True,
     )  # fmt: skip
     assert done.returncode == expected, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stderr
 
 
 def do(folder: Path, jobs: list[Job]) -> list[int]:
@@ -78,12 +87,18 @@ def equal(one: Path, other: Path) -> bool:
     assert finals.keys() == other_finals.keys()
     assert len(finals) == len(rows) == len(other_rows)
     return rows == other_rows and all(
-        torch.equal(tensor, other_finals[phase][name]) for phase, state in finals.items() for name, tensor in state.items()
+        torch.equal(tensor, other_finals[phase][name])
+        for phase, state in finals.items()
+        for name, tensor in state.items()
     )
 
 
 def label(*place: object) -> str:
     return "-".join(str(part) for part in place)
+
+
+def label_of(job: Job) -> str:
+    return label(*(job["batch"] if "batch" in job else job["write"]))
 
 
 def check(folder: Path, name: str) -> None:
@@ -167,10 +182,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"batch": ("inject", 1, 1)}, {"batch": ("clean", 1, 0), **STREAMING}, {"write": ("last.ckpt", 5, False)},
         {"write": ("final.ckpt", 1, True)},
     ],
-    ids=lambda job: label(*job.get("batch", job.get("write"))),
+    ids=label_of,
 )  # fmt: skip
 def test_two_processes(two_processes: Path, job: Job) -> None:
-    first, second = cut_and_continued(label(*job.get("batch", job.get("write"))), job)
+    first, second = cut_and_continued(label_of(job), job)
     call(str(WORKER), str(two_processes), json.dumps(first), "ddp", expected=-signal.SIGKILL)
     call(str(WORKER), str(two_processes), json.dumps(second), "ddp")
     check(two_processes, first["run"])
@@ -180,7 +195,9 @@ def test_two_processes(two_processes: Path, job: Job) -> None:
 @pytest.mark.slow
 def test_another_number_of_processes_is_refused(two_processes: Path) -> None:
     call(str(WORKER), str(two_processes), json.dumps({"run": "two", "batch": ("inject", 1, 1)}), "ddp", expected=-9)
-    assert do(two_processes, [{"run": "two"}]) == [1]
+    errors = call(str(WORKER), str(two_processes), json.dumps([{"run": "two"}]))
+    assert "was made with another configuration of this run:\n  processes: was 2, is 1\n" in errors
+    assert not (two_processes / "two" / "results.csv").exists()
 
 
 @pytest.mark.slow

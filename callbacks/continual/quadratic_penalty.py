@@ -40,7 +40,10 @@ class QuadraticPenalty:
         self._parameters: list[Tensor] = [parameters[name] for name in kept]
         self._anchors = [anchor[name].to(parameters[name]) for name in kept]
         # The product is formed in the precision of F, whose entries may be too small for that of the weights.
-        self._curvatures = [(2 * strength * importance[name]).to(parameters[name]) for name in kept]
+        # In the parameter's memory format, or foreach operations fall back to one kernel per tensor.
+        self._curvatures = [
+            torch.empty_like(parameters[name].detach()).copy_(2 * strength * importance[name]) for name in kept
+        ]
 
     def largest_curvature(self) -> float:
         r"""Return the largest second derivative, :math:`2 \lambda \max_i F_i`; NaN or infinite if any is."""

@@ -68,7 +68,8 @@ class SquaredGradients:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._method: Literal["layers", "vmap", "loop"] | None = None
         self.sums = {
-            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+            # Contiguous, whatever the parameter's memory format: the layers' rules view it as a matrix.
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in self._parameters.items()
         }
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bd.backbones import resnet18, resnet20, vgg11_bn
 from lightning_bd.functional.fisher import FisherKind, fisher_diagonal, fisher_sums
 from lightning_bd.functional.layer_squares import _add_one_by_one, _add_unfolded
 from lightning_bd.functional.per_sample import SquaredGradients
@@ -298,6 +299,19 @@ def test_both_convolution_rules_agree_with_autograd(groups: int) -> None:
     with torch.no_grad():
         _add_one_by_one(layer, x, gradient, total)
     torch.testing.assert_close(total, expected.square().sum(0))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("backbone", [resnet18, resnet20, vgg11_bn])
+def test_memory_format_does_not_change_the_result(backbone: Callable[..., nn.Module], size: int) -> None:
+    torch.manual_seed(0)
+    model = backbone(num_classes=3, width=4).eval()
+    images, labels = torch.rand(4, 3, size, size), torch.tensor([0, 1, 2, 0])
+    contiguous = fisher_diagonal(model, [(images, labels)])
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last = fisher_diagonal(model, [(images.contiguous(memory_format=torch.channels_last), labels)])
+    for name, expected in contiguous.items():
+        torch.testing.assert_close(channels_last[name], expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
 
 
 def test_logistic_regression_has_closed_form() -> None:
