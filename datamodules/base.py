@@ -14,7 +14,7 @@ from lightning_bd.batch import BatchContext, PoisonMode, RawBatch, Sample
 from lightning_bd.datamodules.defender import DefenderView
 from lightning_bd.datamodules.images import FileImages, ImageSet
 from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
-from lightning_bd.datamodules.rendering import render
+from lightning_bd.datamodules.rendering import as_precision, render
 from lightning_bd.datamodules.splits import stratified_splits, stratified_subset
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.poisoning import Poison
@@ -287,6 +287,7 @@ class ImageDataModule(LightningDataModule):
         if not isinstance(batch, RawBatch):
             raise TypeError(f"Expected a batch of this datamodule's loaders, but got {type(batch).__name__}.")
         sample = render(batch, self.poison, self._padding)
+        sample = sample._replace(image=as_precision(sample.image, self.trainer))
         return sample if self.batch_format == "sample" else (sample.image, sample.label)
 
     @property

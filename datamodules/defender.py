@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_bd.batch import BatchContext, RawBatch
 from lightning_bd.datamodules.images import ImageSet
 from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
-from lightning_bd.datamodules.rendering import render
+from lightning_bd.datamodules.rendering import as_precision, render
 from lightning_bd.datamodules.splits import stratified_splits
 
 __all__ = ("DefenderView",)
@@ -84,7 +84,7 @@ class DefenderView(LightningDataModule):
         if not isinstance(batch, RawBatch):
             raise TypeError(f"Expected a batch of this datamodule's loaders, but got {type(batch).__name__}.")
         sample = render(batch, None, self._padding)
-        return sample.image, sample.label
+        return as_precision(sample.image, self.trainer), sample.label
 
     @property
     def _padding(self) -> int:

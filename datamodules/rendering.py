@@ -1,6 +1,7 @@
 """From a raw batch to what the model sees: trigger, augmentation, [0, 1]."""
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_bd.batch import RawBatch, Sample
@@ -8,7 +9,7 @@ from lightning_bd.datamodules.augmentation import crop_and_flip, mirror
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import Trigger
 
-__all__ = ("render", "to_bytes", "to_float")
+__all__ = ("as_precision", "render", "to_bytes", "to_float")
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -19,6 +20,17 @@ def to_float(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Round float images in [0, 1] to uint8, as writing an image file does."""
     return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def as_precision(images: Tensor, trainer: Trainer | None) -> Tensor:
+    """Convert images for a Trainer whose precision is ``16-true``, ``bf16-true`` or ``64-true``.
+
+    Lightning converts a batch before it is transferred, when ours is still uint8.
+    """
+    if trainer is None or not str(trainer.precision).endswith("-true") or trainer.precision == "32-true":
+        return images
+    converted: Tensor = trainer.precision_plugin.convert_input(images)
+    return converted
 
 
 def render(raw: RawBatch, poison: Poison | None, padding: int) -> Sample:

@@ -51,7 +51,7 @@ class BatchContext:
     train: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's true half precision copies a batch field by field
 class RawBatch:
     """Stored images and every random decision about them, drawn on the CPU; pixels change later, on the device.
 

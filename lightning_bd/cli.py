@@ -46,7 +46,8 @@ class BackdoorCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of the command or of a subcommand."""
-        parser = _Parser(**kwargs)
+        # A mistyped option must not pass as the abbreviation of another.
+        parser = _Parser(**{**kwargs, "allow_abbrev": False})
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="A shipped config's name or the path of a YAML file."
         )
@@ -116,7 +117,7 @@ def _fail(error: Exception, status: int) -> NoReturn:
         raise error
     # Errors of our own grammar explain themselves; others may be a bug, which needs its place.
     expected = isinstance(error, MisconfigurationException | ConfigError | CheckpointError | NonFiniteLossError)
-    expected = expected or "Expected argument" in str(error)
+    expected = expected or str(error).startswith("Expected ")
     hint = "" if expected else "\n(LIGHTNING_BD_TRACEBACK=1 shows where.)"
     sys.stderr.write(f"error: {_readable(str(error))}{hint}\n")
     raise SystemExit(status) from None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_bd import label_maps, triggers
+from lightning_bd.description import describe, differences
 from lightning_bd.label_maps import LabelMap
 from lightning_bd.triggers import Trigger
 
@@ -185,9 +186,7 @@ class PoisonManifest:
         """Say where the attack of ``other`` differs: trigger, its pixels, label map, image shape or mode."""
         found = []
         for name in ("trigger", "image_shape", "label_map", "mode"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                found.append(f"{name}: {mine} against {theirs}")
+            found += differences(describe(getattr(self, name)), describe(getattr(other, name)), name)
         keys = [k for k in sorted(self.tensors.keys() | other.tensors.keys()) if k.startswith("trigger.")]
         if not found:
             for key in keys:

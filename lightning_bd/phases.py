@@ -53,6 +53,8 @@ class MultiPhaseTrainer(Trainer):
         self._arguments = {
             name: copy.deepcopy(value) if name in ("callbacks", "strategy") else value for name, value in kwargs.items()
         }
+        if isinstance(kwargs.get("callbacks"), list):
+            kwargs["callbacks"] = [*kwargs["callbacks"]]
         if phases:
             kwargs = {**kwargs, "logger": False, "enable_checkpointing": False}
             with quiet():

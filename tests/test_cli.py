@@ -345,6 +345,7 @@ def test_help_of_a_datamodule(lightning_bd: Command, name: str, words: list[str]
 CIFAR = ["--data", "lightning_bd.datamodules.CIFAR10DataModule", "--data.root", "nowhere"]
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "typo in an option": (["--trainer.max_epohcs", "1"], ["max_epohcs"]),
+    "abbreviation": (["--trainer.max_epoch", "1"], ["max_epoch"]),
     "typo in a data option": (["--data.subste", "1"], ["subste"]),
     "typo in a trigger's option": (["--data.poison.trigger.init_args.sise", "1"], ["sise"]),
     "typo in a backbone's option": (["--model.backbone.init_args.widht", "3"], ["widht"]),

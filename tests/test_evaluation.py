@@ -75,10 +75,10 @@ def test_label_maps_are_taken_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        (poison(seed=8), "trigger: .*'seed': 7.* against .*'seed': 8"),
-        (poison(target=4), "label_map: .*3.* against .*4"),
-        (poison(mode="static"), "mode: dynamic against static"),
-        (Poison(BadNets(size=3, seed=7), rate=0.25, target=3, mode="dynamic"), "trigger: .* against "),
+        (poison(seed=8), "trigger.arguments.seed: was 7, is 8"),
+        (poison(target=4), "label_map.arguments.target: was 3, is 4"),
+        (poison(mode="static"), "mode: was 'dynamic', is 'static'"),
+        (Poison(BadNets(size=3, seed=7), rate=0.25, target=3, mode="dynamic"), "trigger.arguments.size: was 2, is 3"),
     ],
 )
 def test_another_trigger_in_the_config_is_refused(tmp_path: Path, other: Poison, what: str) -> None:

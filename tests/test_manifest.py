@@ -259,9 +259,9 @@ def test_the_file_on_disk_is_plain(tmp_path: Path) -> None:
 def test_differences_name_the_field() -> None:
     manifest = described(BadNets())
     assert manifest.differences(replace(manifest, rate=0.5, seed=1, cover_rate=0.0)) == []
-    assert manifest.differences(described(BadNets(seed=1)))[0].startswith("trigger: ")
-    assert manifest.differences(described(BadNets(), target=1))[0].startswith("label_map: ")
-    assert manifest.differences(replace(manifest, mode="dynamic")) == ["mode: static against dynamic"]
-    assert manifest.differences(replace(manifest, image_shape=(1, 8, 8)))[0].startswith("image_shape: ")
+    assert manifest.differences(described(BadNets(seed=1))) == ["trigger.arguments.seed: was 0, is 1"]
+    assert manifest.differences(described(BadNets(), target=1))[0].startswith("label_map.arguments.target: ")
+    assert manifest.differences(replace(manifest, mode="dynamic")) == ["mode: was 'static', is 'dynamic'"]
+    assert manifest.differences(replace(manifest, image_shape=(1, 8, 8)))[0].startswith("image_shape.0: ")
     found = manifest.differences(replace(manifest, tensors={}))
     assert found == ["trigger.pattern_values: the pixels differ"]
