@@ -51,7 +51,7 @@ class ImageDataModule(LightningDataModule):
     Args:
         poison: The attacker's rule; ``None`` for clean data and no attack test set.
         splits: Share of the training set per named split, disjoint, stratified by class. A split named ``val`` is
-            what ``val_dataloader`` yields. ``None``: one split ``train`` with everything.
+            what ``val_dataloader`` yields, and not trained on unless named. ``None``: one split ``train`` with everything.
         batch_size: Images per batch and process, where a phase does not say.
         subset: Use only this many training images, classes in proportion.
         augment: ``"crop"``: random crop after padding by an eighth of the height; ``"crop_flip"``: and mirrored at
@@ -170,7 +170,7 @@ class ImageDataModule(LightningDataModule):
         return self._fingerprint
 
     def positions(self, splits: tuple[str, ...]) -> Tensor:
-        """Return the sorted positions of the training images in ``splits``; empty means all splits.
+        """Return the sorted positions of the training images in ``splits``; empty means all splits but ``val``.
 
         Raises:
             MisconfigurationException: If a split does not exist.
@@ -182,7 +182,8 @@ class ImageDataModule(LightningDataModule):
                     f"{type(self).__name__} has no split `{name}`; it has {', '.join(self._positions)}. "
                     "Add it to `data.splits` or change the phase's `split`."
                 )
-        return torch.cat([self._positions[name] for name in splits or tuple(self._positions)]).sort().values
+        chosen = splits or tuple(name for name in self._positions if name != "val")
+        return torch.cat([self._positions[name] for name in chosen]).sort().values
 
     def set_phase(self, phase: PhaseData, reference: PhaseData | None = None) -> None:
         """Choose what ``train_dataloader`` yields from now on.

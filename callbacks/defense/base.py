@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +25,8 @@ class DefenderData:
         validation: Yields the held-out ``(image, label)`` batches; what a defense may select on.
         num_classes: Number of classes.
         epoch_limit: The run's cap on epochs, ``None`` for none.
+        forward_context: Makes the context of each single forward pass, for mixed precision. Not of more: autocast
+            keeps its copies of the weights until the block ends, so that steps inside it would not be seen.
         show_progress: Whether to show progress bars.
     """
 
@@ -31,6 +34,7 @@ class DefenderData:
     validation: Callable[[], Pairs]
     num_classes: int
     epoch_limit: int | None = None
+    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
     show_progress: bool = False
 
 
@@ -96,6 +100,11 @@ class Defense(Callback, ABC):
                 f"{type(self).__name__} works on a DefenderView, the clean split that a defending phase gets: fit with "
                 "`datamodule=DefenderView(...)`, or call `purify(model, DefenderData(...))` yourself."
             )
+        if trainer.precision == "16-mixed":
+            raise MisconfigurationException(
+                f"{type(self).__name__} trains without a GradScaler, so `precision` 16-mixed would lose its gradients. "
+                "Use bf16-mixed or 32-true."
+            )
         device = trainer.strategy.root_device
         data = DefenderData(
             train=lambda epoch: view.batches("train", device, epoch),
@@ -103,10 +112,10 @@ class Defense(Callback, ABC):
             num_classes=view.num_classes,
             # Lightning's -1 is no limit.
             epoch_limit=None if view.epoch_limit is None or view.epoch_limit < 0 else view.epoch_limit,
+            forward_context=trainer.precision_plugin.forward_context,
             show_progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
         )
-        with trainer.precision_plugin.forward_context():
-            self.report = self.purify(pl_module, data)
+        self.report = self.purify(pl_module, data)
         if trainer.world_size > 1:
             for tensor in pl_module.state_dict().values():
                 tensor.copy_(trainer.strategy.broadcast(tensor))
