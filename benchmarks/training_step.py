@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bd.backbones import resnet18, small_cnn
+from lightning_bd.callbacks import SharpnessAwareMinimization
 from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.augmentation import crop_and_flip
@@ -87,9 +88,10 @@ def framework(arguments: argparse.Namespace, poison: Poison) -> float:
     model = BackdoorClassifier(make_network(arguments.backbone), 10, channels_last=arguments.channels_last,
                                compile=arguments.compile)  # fmt: skip
     optimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    callbacks: list[Callback] = [SharpnessAwareMinimization(), watch] if arguments.sam else [watch]
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = MultiPhaseTrainer(
-            phases=[Phase("train", poisoned=True, max_epochs=1, optimizer=optimizer, callbacks=[watch])],
+            phases=[Phase("train", poisoned=True, max_epochs=1, optimizer=optimizer, callbacks=callbacks)],
             default_root_dir=Path(folder), accelerator="gpu" if arguments.device == "cuda" else "cpu", devices=1,
             precision=arguments.precision, enable_progress_bar=False, logger=arguments.logger,
         )  # fmt: skip
@@ -114,12 +116,15 @@ def loop(arguments: argparse.Namespace, poison: Poison) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     start = 0.0
 
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
         offsets = torch.randint(0, 9, (len(chosen), 2), generator=generator)
         flips = torch.rand(len(chosen), generator=generator) < 0.5
-        rows = (torch.rand(len(chosen), generator=generator) < poison.rate).nonzero().flatten().to(device)
-        y = labels[chosen].to(device)
-        x = crop_and_flip(images[chosen].to(device), offsets.to(device), flips.to(device), 4).float().div_(255)
+        rows = (torch.rand(len(chosen), generator=generator) < poison.rate).nonzero().flatten()
+        rows, y = move(rows), move(labels[chosen])
+        x = crop_and_flip(move(images[chosen]), move(offsets), move(flips), 4).float().div_(255)
         x.index_copy_(0, rows, trigger(x[rows]))
         y.index_fill_(0, rows, 0)
         return x, y
@@ -155,7 +160,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--logger", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard, as in a run")
+    parser.add_argument("--logger", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard")
+    parser.add_argument("--sam", action="store_true", help="SAM in the framework's steps, not in the loop's")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")

@@ -1,0 +1,1 @@
+"""Whole recipes, run by name: ``lightning-bd fit --config NAME``."""

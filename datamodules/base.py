@@ -51,7 +51,7 @@ class ImageDataModule(LightningDataModule):
     Args:
         poison: The attacker's rule; ``None`` for clean data and no attack test set.
         splits: Share of the training set per named split, disjoint, stratified by class. A split named ``val`` is
-            what ``val_dataloader`` yields, and not trained on unless named. ``None``: one split ``train`` with everything.
+            what ``val_dataloader`` yields, and not trained on unless named. ``None``: one split ``train``.
         batch_size: Images per batch and process, where a phase does not say.
         subset: Use only this many training images, classes in proportion.
         augment: ``"crop"``: random crop after padding by an eighth of the height; ``"crop_flip"``: and mirrored at

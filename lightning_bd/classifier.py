@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -51,6 +52,15 @@ class _Normalize(nn.Module):
         self.statistics = statistics
         self.register_buffer("mean", torch.tensor(statistics.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(statistics.std)[:, None, None], persistent=False)
+
+    def setup(self, stage: str) -> None:
+        """Refuse pairs where the attack is to be measured, before anything is trained."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if getattr(datamodule, "batch_format", None) == "pair" and getattr(datamodule, "poison", None) is not None:
+            raise MisconfigurationException(
+                "`BackdoorClassifier` measures attack success with the original labels, which pairs do not have: set "
+                "`data.batch_format: sample`."
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
@@ -113,6 +123,15 @@ class BackdoorClassifier(LightningModule):
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
 
+    def setup(self, stage: str) -> None:
+        """Refuse pairs where the attack is to be measured, before anything is trained."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if getattr(datamodule, "batch_format", None) == "pair" and getattr(datamodule, "poison", None) is not None:
+            raise MisconfigurationException(
+                "`BackdoorClassifier` measures attack success with the original labels, which pairs do not have: set "
+                "`data.batch_format: sample`."
+            )
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``(B, K)`` of images ``(B, C, H, W)`` in [0, 1]."""
         if self.channels_last:
@@ -129,15 +148,16 @@ class BackdoorClassifier(LightningModule):
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the validation metrics."""
-        self._update(self.val_metrics, batch)
+        self._update(self.val_metrics, batch, dataloader_idx)
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the test metrics."""
-        self._update(self.test_metrics, batch)
+        self._update(self.test_metrics, batch, dataloader_idx)
 
-    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Return probabilities ``(B, K)`` and labels ``(B,)``."""
-        return self(batch[0]).softmax(dim=1), batch[1]
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> tuple[Tensor, ...]:
+        """Return probabilities ``(B, K)``, labels ``(B,)`` and, of samples, their indices ``(B,)``."""
+        probabilities = self(batch[0]).softmax(dim=1)
+        return (probabilities, batch[1], batch.index) if isinstance(batch, Sample) else (probabilities, batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -157,7 +177,7 @@ class BackdoorClassifier(LightningModule):
     def _metrics(self, prefix: str) -> MetricCollection:
         return MetricCollection(
             {
-                "clean_accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+                "clean_accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
                 "attack_success_rate": AttackSuccessRate(),
                 "robust_accuracy": RobustAccuracy(),
             },
@@ -165,10 +185,10 @@ class BackdoorClassifier(LightningModule):
             compute_groups=False,
         )
 
-    def _update(self, metrics: MetricCollection, batch: Sequence[Tensor]) -> None:
+    def _update(self, metrics: MetricCollection, batch: Sequence[Tensor], dataloader_idx: int) -> None:
         logits = self(batch[0])
-        # One loader is either clean or wholly triggered, so that a look at one flag is enough.
-        if isinstance(batch, Sample) and bool(batch.is_poisoned[0]):
+        # The first loader is clean, the second triggered; to look at the flags would wait for the device.
+        if dataloader_idx > 0 and isinstance(batch, Sample):
             metrics["attack_success_rate"].update(logits, batch.label, batch.original_label)
             metrics["robust_accuracy"].update(logits, batch.label, batch.original_label)
         else:

@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bd.checkpointing import CheckpointError
 from lightning_bd.classifier import BackdoorClassifier
@@ -78,6 +79,13 @@ class BackdoorCLI(LightningCLI):
         trainer.override_trigger = bool(config.get("override_trigger"))
         trainer.resolved_config = self._parser(subcommand).dump(config, skip_none=False)
         return trainer
+
+    def before_test(self) -> None:
+        """Say so if it is the initial weights that are measured."""
+        if not self.config[str(self.subcommand)].get("ckpt_path"):
+            rank_zero_warn("No `--ckpt_path` is given: what is measured are the initial, untrained weights.")
+
+    before_validate = before_predict = before_test
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would merge the checkpoint's hyperparameters over the command line. Ours come from the config, and

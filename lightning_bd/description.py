@@ -1,6 +1,7 @@
 """Describing objects as plain values, to tell whether two runs are the same."""
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
@@ -46,6 +47,9 @@ def describe(value: object) -> Description:
     described: dict[str, Description] = {"class": _name(type(value))}
     if isinstance(value, nn.Module) and not hasattr(value, "hyperparameters"):
         described["parameters"] = [f"{name} {tuple(p.shape)}" for name, p in value.state_dict().items()]
+        # Inner layers without parameters, such as dropout, show in the text only, which would be long to keep.
+        if any(True for _ in value.children()):
+            described["text_sha256"] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
     return described | {name: describe(item) for name, item in _arguments(value).items()}
 
 

@@ -40,6 +40,12 @@ def use_manifest_of(
     if not record.get("manifest"):
         return
     manifest = PoisonManifest.from_plain(record["manifest"], record.get("tensors", {}))
+    # Before anything is built for it: a shape in a hostile file may be of any size.
+    if manifest.image_shape != datamodule.image_shape:
+        raise ValueError(
+            f"The trigger of {path} is for images of shape {manifest.image_shape}, but "
+            f"{type(datamodule).__name__} has {datamodule.image_shape}."
+        )
     config = datamodule.manifest()
     if config is not None:
         found = manifest.differences(config)
@@ -65,21 +71,22 @@ def use_manifest_of(
     )
 
 
-def write_predictions(batches: Sequence[tuple[Tensor, Tensor]], path: Path) -> None:
-    """Write one row per image: number, label, prediction, confidence.
+def write_predictions(batches: Sequence[tuple[Tensor, ...]], path: Path) -> None:
+    """Write one row per image: index in the data set, label, prediction, confidence.
 
     Args:
-        batches: Probabilities ``(B, K)`` and labels ``(B,)`` per batch.
+        batches: Probabilities ``(B, K)``, labels ``(B,)`` and indices ``(B,)`` per batch; without indices rows are
+            numbered.
         path: The CSV file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["number", "label", "prediction", "confidence"])
-        number = 0
-        for probabilities, labels in batches:
+        writer.writerow(["index", "label", "prediction", "confidence"])
+        count = 0
+        for probabilities, labels, *rest in batches:
             confidences, predictions = probabilities.max(dim=1)
-            rows = zip(labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
-            for label, prediction, confidence in rows:
-                writer.writerow([number, label, prediction, f"{confidence:.6f}"])
-                number += 1
+            indices = rest[0].tolist() if rest else range(count, count + len(labels))
+            rows = zip(indices, labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
+            writer.writerows([*row, f"{confidence:.6f}"] for *row, confidence in rows)
+            count += len(labels)

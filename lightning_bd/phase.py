@@ -53,7 +53,7 @@ class Phase:
     optimizer: OptimizerCallable | None = None
     lr_scheduler: LRSchedulerCallable | None = None
     callbacks: list[Callback] = field(default_factory=list)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ def check_phase(phase: Phase, phases: Mapping[str, Phase]) -> None:
                 f"Phases `{phase.name}` and `{other.name}` share a callback object; give each its own."
             )
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    for name in phase.trainer:
+    for name in phase.trainer or {}:
         if name in _OURS:
             instead = f"use the phase's `{_OURS[name]}`" if _OURS[name] else "it is the run's to choose"
             raise MisconfigurationException(f"Phase `{phase.name}`: `trainer.{name}` cannot be set here; {instead}.")

@@ -12,18 +12,27 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from lightning_bd import __version__
-from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.checkpointing import RECORD_KEY, open_atomically
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.rendering import to_float
 from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.manifest import PoisonManifest
 
-__all__ = ("ElapsedTime", "NonFiniteLossError", "RunRecord", "SeedEachBatch", "StopOnNonFiniteLoss", "TriggerPreview")
+__all__ = (
+    "ElapsedTime",
+    "EpochCheckpoint",
+    "NonFiniteLossError",
+    "RunRecord",
+    "SeedEachBatch",
+    "StopOnNonFiniteLoss",
+    "TriggerPreview",
+)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -102,21 +111,31 @@ class StopOnNonFiniteLoss(Callback):
             self._look(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before the epoch's checkpoint is written."""
+        """Look at the losses and at the weights before the epoch's checkpoint is written."""
         self._look(trainer)
+        # The last step's loss was fine; its weights need not be.
+        weights = [parameter.detach() for parameter in pl_module.parameters()]
+        if weights and not bool(
+            torch.isfinite(torch.stack([weight.sum(dtype=torch.float32) for weight in weights])).all()
+        ):
+            self._stop(trainer, trainer.fit_loop.total_batch_idx, "a weight")
 
     def _look(self, trainer: Trainer) -> None:
-        if self._first_bad is not None and math.isfinite(step := self._first_bad.item()):
+        if self._first_bad is None:
+            return
+        # All processes stop together, or those with a finite loss would wait for the others for ever.
+        first = trainer.strategy.reduce(self._first_bad, reduce_op="min") if trainer.world_size > 1 else self._first_bad
+        if math.isfinite(step := first.item()):
             self._stop(trainer, int(step))
 
-    def _stop(self, trainer: Trainer, step: int) -> None:
+    def _stop(self, trainer: Trainer, step: int, what: str = "the loss") -> None:
         kept = (
             f"the last good checkpoint is {self.last_checkpoint}"
             if self.last_checkpoint.is_file()
             else ("no epoch was complete, so there is no checkpoint of this phase")
         )
         raise NonFiniteLossError(
-            f"Phase `{self.phase}`: the loss is not finite at step {step} (epoch {trainer.current_epoch}); {kept}. "
+            f"Phase `{self.phase}`: {what} is not finite at step {step} (epoch {trainer.current_epoch}); {kept}. "
             "Lower the learning rate, or set the phase's `trainer: {gradient_clip_val: 1.0}`."
         )
 
@@ -148,6 +167,36 @@ class ElapsedTime(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the seconds of the earlier attempt."""
         self._before = state_dict["seconds"]
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Writes ``last.ckpt`` when an epoch ends, unless the one before was written a moment ago.
+
+    A resumed fit ends with the same weights whichever epoch it goes on from, so that large models need not spend
+    their time on writing.
+
+    Args:
+        folder: Where.
+        interval: Least seconds between two checkpoints; 0 writes one each epoch.
+    """
+
+    def __init__(self, folder: Path, interval: float = 0.0) -> None:
+        # `save_last=True` writes nothing unless a best checkpoint was saved at the same step (Lightning 2.6).
+        super().__init__(
+            folder, filename="last", monitor=None, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )  # fmt: skip
+        self.interval = interval
+        self._written = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a checkpoint, if all processes find it due."""
+        if self.interval > 0:
+            due = time.monotonic() - self._written >= self.interval
+            if not (trainer.strategy.broadcast(due) if trainer.world_size > 1 else due):
+                return
+        super().on_train_epoch_end(trainer, pl_module)
+        self._written = time.monotonic()
 
 
 class RunRecord(Callback):
@@ -219,7 +268,8 @@ class TriggerPreview(Callback):
         rows = torch.cat([clean, triggered, residual])
         rows = rows.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
         grid = make_grid(rows, nrow=len(chosen), padding=4, pad_value=0.5)
-        save_image(grid, self.file)
+        with open_atomically(self.file) as file:
+            save_image(grid, file, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("trigger (clean, triggered, difference)", grid, 0)

@@ -1,7 +1,7 @@
 """Running the phases: one folder, one fresh Trainer and one result each."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -12,9 +12,16 @@ import lightning
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from lightning_bd.batch import PoisonMode
@@ -31,10 +38,17 @@ from lightning_bd.datamodules import ImageDataModule, PhaseData
 from lightning_bd.description import Description, describe
 from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.phase import INIT, Phase
-from lightning_bd.phase_callbacks import ElapsedTime, RunRecord, SeedEachBatch, StopOnNonFiniteLoss, TriggerPreview
+from lightning_bd.phase_callbacks import (
+    ElapsedTime,
+    EpochCheckpoint,
+    RunRecord,
+    SeedEachBatch,
+    StopOnNonFiniteLoss,
+    TriggerPreview,
+)
 from lightning_bd.phase_logger import PhaseTensorBoardLogger
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
-from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder
+from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
 
 __all__ = ("PhaseRun", "is_first_process")
 
@@ -43,6 +57,7 @@ _FREE = {
     "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_progress_bar",
     "log_every_n_steps", "logger", "max_epochs", "plugins", "profiler",
 }  # fmt: skip
+_ONLY_SHOW = (ProgressBar, ModelSummary, LearningRateMonitor, DeviceStatsMonitor)
 # Options of the data that do not change what a batch is; the images themselves are known by their SHA-256.
 _SAME_DATA = {"root", "download", "num_workers", "in_memory", "batch_format"}
 
@@ -58,6 +73,8 @@ class PhaseRun:
         arguments: Arguments of each phase's Trainer.
         processes: Number of processes.
         config: The resolved config as YAML, saved with the run and its checkpoints.
+        checkpoint_interval: Least seconds between two checkpoints of a phase.
+        barrier: How processes that all started by themselves wait for the first; ``None`` if it starts the others.
 
     Raises:
         MisconfigurationException: If the data lacks what a phase needs, or does not fit the model.
@@ -73,6 +90,8 @@ class PhaseRun:
         arguments: Mapping[str, Any],
         processes: int = 1,
         config: str | None = None,
+        checkpoint_interval: float = 0.0,
+        barrier: Callable[[], None] | None = None,
     ) -> None:
         self._phases = phases
         self._parents = parents
@@ -81,15 +100,23 @@ class PhaseRun:
         self._arguments = arguments
         self._processes = processes
         self._config = config
+        self._checkpoint_interval = checkpoint_interval
+        self._barrier = barrier if barrier is not None else lambda: None
         if is_first_process():
             datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
+        self._barrier()
         self._data = {name: _phase_data(phase, datamodule) for name, phase in phases.items()}
-        self.folder = RunFolder(Path(arguments.get("default_root_dir") or Path.cwd()), list(phases))
+        self.folder = RunFolder(Path(arguments.get("default_root_dir") or Path("runs") / "phases"), list(phases))
         for data in self._data.values():
             datamodule.set_phase(data)
         for name, phase in phases.items():
             if phase.defends:
                 _check_defender(name, datamodule, self._data[name])
+        if not is_overridden("test_step", model):
+            raise MisconfigurationException(
+                f"Each phase ends with a test, but `{type(model).__name__}` has no `test_step`. Add one, or use "
+                "BackdoorClassifier."
+            )
         wanted = getattr(model, "num_classes", datamodule.num_classes)
         if wanted != datamodule.num_classes:
             raise MisconfigurationException(
@@ -105,14 +132,17 @@ class PhaseRun:
         Raises:
             MisconfigurationException: If the folder belongs to another run.
         """
-        if not is_first_process():
-            return
+        if is_first_process():
+            self._open_folder(fresh)
+        self._barrier()
+
+    def _open_folder(self, fresh: bool) -> None:
         if fresh and (old := self.folder.rename_old()) is not None:
             rank_zero_info(f"The old run was renamed to {old}.")
         phases = {name: self._describe_phase(phase) for name, phase in self._phases.items()}
         self.folder.open(self._describe_run(), phases)
         if self._config is not None:
-            (self.folder.root / "config.yaml").write_text(self._config, encoding="utf-8")
+            write_text_atomically(self.folder.root / "config.yaml", self._config)
         manifest = self._datamodule.manifest(tuple(self._data.values()))
         if manifest is not None:
             manifest.save(self.folder.root)
@@ -197,7 +227,7 @@ class PhaseRun:
                 *callbacks,
                 *preview,
                 run_record,
-                _checkpoint_each_epoch(here.checkpoints),
+                EpochCheckpoint(here.checkpoints, self._checkpoint_interval),
             ],
         )
         resume = here.last.is_file()
@@ -228,7 +258,7 @@ class PhaseRun:
         return record
 
     def _fresh_trainer(self, phase: Phase, **ours: Any) -> Trainer:
-        arguments = {**self._arguments, **phase.trainer, **ours}
+        arguments = {**self._arguments, **(phase.trainer or {}), **ours}
         arguments["strategy"] = copy.deepcopy(arguments.get("strategy", "auto"))
         arguments["use_distributed_sampler"] = False  # our loaders know their rank
         plugins = arguments.get("plugins") or []
@@ -285,16 +315,23 @@ class PhaseRun:
             model["optimizer"] = describe(self._model.optimizer_factory)
             model["lr_scheduler"] = describe(self._model.lr_scheduler_factory)
         data = {name: value for name, value in data.items() if name not in _SAME_DATA}
+        trainer = {k: describe(v) for k, v in self._arguments.items() if k not in _FREE and v is not None}
+        # Callbacks may train; those that only show something may differ.
+        given = [c for c in self._arguments.get("callbacks") or [] if not isinstance(c, _ONLY_SHOW)]
+        if given:
+            trainer["callbacks"] = [describe(callback) for callback in given]
         return {
             "model": model,
             "data": {**data, "sha256": self._datamodule.fingerprint()},
             "seed": self._datamodule.run_seed,
             "processes": self._processes,
-            "trainer": {k: describe(v) for k, v in self._arguments.items() if k not in _FREE and v is not None},
+            "trainer": trainer,
         }
 
     def _describe_phase(self, phase: Phase) -> dict[str, Description]:
         described = {item.name: describe(getattr(phase, item.name)) for item in fields(phase)}
+        if any(isinstance(callback, Defense) for callback in phase.callbacks):
+            described["epoch_limit"] = self._arguments.get("max_epochs")
         return {**described, "max_epochs": self._epochs(phase), "start_from": self._parents[phase.name or ""]}
 
 
@@ -320,14 +357,6 @@ def _phase_data(phase: Phase, datamodule: ImageDataModule) -> PhaseData:
     elif phase.poisoned is not False:
         mode = phase.poisoned
     return PhaseData(phase.name or "", phase.splits, mode, phase.batch_size)
-
-
-def _checkpoint_each_epoch(folder: Path) -> ModelCheckpoint:
-    # `save_last=True` writes nothing unless a best checkpoint was saved at the same step (Lightning 2.6).
-    return ModelCheckpoint(
-        folder, filename="last", monitor=None, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )  # fmt: skip
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Phases of sequential learning, one fresh Trainer each."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -34,8 +36,10 @@ class MultiPhaseTrainer(Trainer):
         phases: Name -> phase, or a list of named phases.
         num_threads: Threads per process for operators on the CPU; PyTorch's default if not given. Small networks are
             as fast with one, and then do not suffer when something else uses a core.
-        args: Arguments of ``lightning.pytorch.Trainer``.
-        kwargs: Arguments of ``lightning.pytorch.Trainer``, the same for all phases.
+        checkpoint_interval: Least seconds between two checkpoints of a phase. They are written when an epoch ends; a
+            cut phase goes on after the last one, with the same result. 0 writes one each epoch.
+        kwargs: Arguments of ``lightning.pytorch.Trainer``, the same for all phases; each phase gets its own copies of
+            ``callbacks``.
 
     Raises:
         MisconfigurationException: If names repeat, ``start_from`` names no phase or closes a circle, or a phase's
@@ -44,9 +48,9 @@ class MultiPhaseTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
         phases: dict[str, Phase] | list[Phase] | None = None,
         num_threads: int | None = None,
+        checkpoint_interval: float = 0.0,
         **kwargs: Any,
     ) -> None:
         # Trainer adds its own callbacks to the list that it is given, and strategies keep state: keep clean copies.
@@ -58,14 +62,19 @@ class MultiPhaseTrainer(Trainer):
         if phases:
             kwargs = {**kwargs, "logger": False, "enable_checkpointing": False}
             with quiet():
-                super().__init__(*args, **kwargs)
+                super().__init__(**kwargs)
         else:
-            super().__init__(*args, **kwargs)
+            super().__init__(**kwargs)
         self.phases = name_phases(phases or {})
         self._parents = phase_parents(self.phases)
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"Expected argument `num_threads` to be a positive integer, but got {num_threads}.")
+        if not checkpoint_interval >= 0:
+            raise ValueError(
+                f"Expected argument `checkpoint_interval` to be a non-negative number, but got {checkpoint_interval}."
+            )
         self.num_threads = num_threads
+        self.checkpoint_interval = checkpoint_interval
         #: Start over: rename an existing run folder.
         self.fresh = False
         #: Evaluate with the config's trigger although the checkpoint has another.
@@ -120,6 +129,8 @@ class MultiPhaseTrainer(Trainer):
             arguments=self._arguments,
             processes=self.num_devices * self.num_nodes,
             config=self.resolved_config,
+            checkpoint_interval=self.checkpoint_interval,
+            barrier=self._barrier_of_outside_launch(),
         )
         with threads(self.num_threads):
             run.open_folder(fresh=self.fresh)
@@ -214,6 +225,18 @@ class MultiPhaseTrainer(Trainer):
             write_predictions([tuple(batch) for batch in predictions], file)
             rank_zero_info(f"Predictions: {file}")
         return predictions
+
+    def _barrier_of_outside_launch(self) -> Callable[[], None] | None:
+        """Return how processes that something else started (torchrun, SLURM) wait for each other.
+
+        Those that Lightning starts come later, when the first has prepared everything.
+        """
+        strategy = self.strategy
+        environment = getattr(strategy, "cluster_environment", None)
+        if self.world_size == 1 or environment is None or isinstance(environment, LightningEnvironment):
+            return None
+        strategy.setup_environment()
+        return strategy.barrier
 
     def _load_checkpoint(
         self,

@@ -29,9 +29,9 @@ class Poison:
             augmented afterwards like any other image (the conventional protocol).
         clean_label: Poison only images of the target class and leave their labels.
         selection: Positions in the training set to choose from instead of all; how many comes from ``rate``.
+        seed: Seed of the choice of images.
         cover_rate: Share of images that get the trigger's cover (by default the trigger itself) and keep their
             label, in [0, 1]; WaNet's noise mode uses twice the poison rate.
-        seed: Seed of the choice of images.
 
     Raises:
         ValueError: If a rate is outside [0, 1], both together exceed 1, ``mode`` is unknown, or ``clean_label`` has no
@@ -52,8 +52,8 @@ class Poison:
     mode: PoisonMode = "dynamic"
     clean_label: bool = False
     selection: list[int] | None = None
-    cover_rate: float = 0.0
     seed: int = 0
+    cover_rate: float = 0.0
     label_map: LabelMap = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -141,9 +141,18 @@ class RunFolder:
         return folder
 
     def rename_old(self) -> Path | None:
-        """Move an existing folder aside; return its new name."""
+        """Move an existing run aside; return its new name.
+
+        Raises:
+            MisconfigurationException: If the folder is not a run's.
+        """
         if not self.root.exists():
             return None
+        if any(self.root.iterdir()) and not (self.root / "run.json").is_file():
+            raise MisconfigurationException(
+                f"`--fresh` renames the folder of an old run, but {self.root} is none: it has no run.json. "
+                "Give another `trainer.default_root_dir`."
+            )
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         names = (
             f"{self.root.name}.old-{stamp}{end}" for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 from lightning_bd.backbones import small_cnn
 from lightning_bd.batch import Sample
 from lightning_bd.classifier import BackdoorClassifier, Normalization
+from lightning_bd.datamodules import DigitsDataModule
+from lightning_bd.poisoning import Poison
+from lightning_bd.triggers import BadNets
 
 CLASSES = 4
 SHAPE = (3, 32, 32)
@@ -178,8 +182,9 @@ def test_predictions_are_probabilities_and_labels() -> None:
     model = BackdoorClassifier(make_backbone(), CLASSES)
     predictions = make_trainer().predict(model, Loader(CLEAN))
     assert predictions is not None
-    for (probabilities, labels), batch in zip(predictions, CLEAN, strict=True):
+    for (probabilities, labels, indices), batch in zip(predictions, CLEAN, strict=True):
         assert torch.equal(labels, batch.label)
+        assert torch.equal(indices, batch.index)
         assert torch.allclose(probabilities, F.softmax(model.eval()(batch.image), dim=1))
 
 
@@ -286,3 +291,11 @@ def test_refuses_num_classes(num_classes: int) -> None:
 def test_refuses_normalization(mean: list[float], std: list[float]) -> None:
     with pytest.raises(ValueError, match=r"`mean` and `std` to be equally long and `std` positive, but got mean \[0.5"):
         Normalization(mean, std)
+
+
+def test_pairs_cannot_measure_an_attack() -> None:
+    data = DigitsDataModule(Poison(BadNets(size=2)), batch_format="pair")
+    model = BackdoorClassifier(small_cnn(num_classes=10, in_channels=1), 10)
+    with pytest.raises(MisconfigurationException, match=r"set `data\.batch_format: sample`"):
+        make_trainer().test(model, datamodule=data, verbose=False)
+    make_trainer().test(model, datamodule=DigitsDataModule(batch_format="pair"), verbose=False)

@@ -253,7 +253,7 @@ def test_predict_writes_a_table(lightning_bd: Command, trained: Path, tmp_path: 
     assert lightning_bd("predict", "--config", "small.yaml", "--ckpt_path", checkpoint).status == 0
     with (tmp_path / "runs" / "small" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         predictions = list(csv.DictReader(file))
-    assert list(predictions[0]) == ["number", "label", "prediction", "confidence"]
+    assert list(predictions[0]) == ["index", "label", "prediction", "confidence"]
     assert len(predictions) == 359  # the held-out digits
     right = sum(row["label"] == row["prediction"] for row in predictions) / len(predictions)
     assert right == pytest.approx(float(rows(trained)["inject"]["clean_accuracy"]), abs=1e-6)

@@ -231,3 +231,9 @@ def test_long_values_are_cut_short() -> None:
     [line] = differences({"text": "a" * 500}, {"text": "b"})
     assert len(line) < 120
     assert line.endswith("..., is 'b'")
+
+
+def test_layers_without_parameters_show() -> None:
+    before = describe(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1)))
+    now = describe(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.2)))
+    assert any(line.startswith("text_sha256: ") for line in differences(before, now))

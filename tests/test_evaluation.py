@@ -139,8 +139,24 @@ def test_predictions_are_written_one_row_per_image(tmp_path: Path) -> None:
     with (tmp_path / "deep" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows == [
-        ["number", "label", "prediction", "confidence"],
+        ["index", "label", "prediction", "confidence"],
         ["0", "1", "1", "0.900000"],
         ["1", "1", "0", "0.750000"],
         ["2", "0", "0", "1.000000"],
     ]
+
+
+def test_a_shape_of_any_size_in_a_hostile_file_allocates_nothing(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, poison())
+    record = checkpoint[RECORD_KEY]
+    record["manifest"]["image_shape"] = [3, 2**24, 2**24]
+    record["tensors"] = {"trigger.pattern_values": torch.zeros(1).expand(3, 2**24, 2**24)}
+    with pytest.raises(ValueError, match=r"shape \(3, 16777216, 16777216\), but DigitsDataModule has \(1, 8, 8\)"):
+        use_manifest_of(checkpoint, PATH, DigitsDataModule())
+
+
+def test_predictions_keep_the_indices_of_samples(tmp_path: Path) -> None:
+    batch = (torch.tensor([[0.1, 0.9], [0.75, 0.25]]), torch.tensor([1, 1]), torch.tensor([4, 2]))
+    write_predictions([batch], tmp_path / "predictions.csv")
+    lines = (tmp_path / "predictions.csv").read_text(encoding="utf-8").split()
+    assert lines[1:] == ["4,1,1,0.900000", "2,1,0,0.750000"]

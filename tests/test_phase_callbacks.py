@@ -25,6 +25,7 @@ from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.phase_callbacks import (
     ElapsedTime,
+    EpochCheckpoint,
     NonFiniteLossError,
     RunRecord,
     SeedEachBatch,
@@ -162,7 +163,9 @@ class Elsewhere(TorchFunctionMode):
 
 
 def at_step(step: int) -> Trainer:
-    return cast(Trainer, SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=step), current_epoch=step // 10))
+    return cast(
+        Trainer, SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=step), current_epoch=step // 10, world_size=1)
+    )
 
 
 def watch(losses: list[object], interval: int, waits: int | None = None) -> None:
@@ -327,3 +330,54 @@ def test_the_preview_is_in_tensorboard(tmp_path: Path) -> None:
     [image] = events.Images("trigger (clean, triggered, difference)")
     with Image.open(tmp_path / "trigger.png") as picture:
         assert (image.width, image.height) == picture.size
+
+
+class Explodes(Callback):
+    """Makes a weight infinite after the last step of an epoch, whose loss was finite."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
+        if trainer.current_epoch == self.epoch and trainer.is_last_batch:
+            with torch.no_grad():
+                next(pl_module.parameters()).fill_(torch.inf)
+
+
+def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    stop = StopOnNonFiniteLoss("inject", last)
+    with pytest.raises(
+        NonFiniteLossError, match=r"`inject`: a weight is not finite at step .* the last good checkpoint"
+    ):
+        fit(tmp_path, Module(), Explodes(1), stop, EpochCheckpoint(tmp_path), epochs=3)
+    assert all(bool(torch.isfinite(t).all()) for t in read_checkpoint(last)["state_dict"].values())
+
+
+@pytest.mark.parametrize(("interval", "written"), [(0.0, [1, 2, 3]), (1.5, [2]), (100.0, [])])
+def test_checkpoints_are_written_at_most_once_per_interval(
+    interval: float, written: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One second passes per epoch.
+    epochs: list[int] = []
+    callback = EpochCheckpoint(tmp_path, interval)
+    monkeypatch.setattr(callback, "_written", 0.0)
+    now = [0.0]
+    monkeypatch.setattr("lightning_bd.phase_callbacks.time.monotonic", lambda: now[0])
+
+    class Clock(Callback):
+        """Comes before the checkpoint's hook and notes whether the one before it was written."""
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            now[0] += 1.0
+
+        def on_save_checkpoint(
+            self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
+        ) -> None:
+            epochs.append(trainer.current_epoch + 1)
+
+    Trainer(
+        accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[Clock(), callback], default_root_dir=tmp_path,
+    ).fit(Module(), Loader())  # fmt: skip
+    assert epochs == written

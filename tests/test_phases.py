@@ -950,3 +950,13 @@ def test_phases_with_one_callback_object_are_refused(tmp_path: Path) -> None:
     shared = SharpnessAwareMinimization()
     with pytest.raises(MisconfigurationException, match="Phases `one` and `two` share a callback object; give each"):
         runner(tmp_path, {"one": Phase(callbacks=[shared]), "two": Phase(callbacks=[shared])})
+
+
+def test_phases_come_first_and_a_phase_needs_no_trainer_arguments(tmp_path: Path) -> None:
+    trainer = MultiPhaseTrainer([Phase("a", max_epochs=1, trainer=None)], default_root_dir=tmp_path, logger=False)
+    assert list(trainer.phases) == ["a"]
+
+
+def test_refuses_checkpoint_interval() -> None:
+    with pytest.raises(ValueError, match="`checkpoint_interval` to be a non-negative number, but got -1"):
+        MultiPhaseTrainer(checkpoint_interval=-1)

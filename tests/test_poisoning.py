@@ -20,7 +20,7 @@ def prepared(
     cover_rate: float = 0.0,
     seed: int = 0,
 ) -> Poison:
-    poison = Poison(BadNets(), rate, target, "static", clean_label, selection, cover_rate, seed)
+    poison = Poison(BadNets(), rate, target, "static", clean_label, selection, seed, cover_rate)
     poison.prepare((3, 8, 8), num_classes=10)
     return poison
 

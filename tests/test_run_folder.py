@@ -169,6 +169,7 @@ def test_old_runs_are_renamed_and_kept(tmp_path: Path) -> None:
     for number in range(3):  # also within one second
         root.mkdir()
         (root / "number").write_text(str(number), encoding="utf-8")
+        (root / "run.json").write_text("{}", encoding="utf-8")
         target = RunFolder(root, PHASES).rename_old()
         assert target is not None
         assert target.name.startswith("run.old-")
@@ -183,3 +184,11 @@ def test_descriptions_are_readable_json(tmp_path: Path) -> None:
     folder.start_phase("inject", {"split": ["inject"], "max_epochs": 3})
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["seed"] == 1
     assert json.loads((tmp_path / "00_inject" / "phase.json").read_text(encoding="utf-8"))["max_epochs"] == 3
+
+
+def test_fresh_renames_runs_only(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_bytes(b"")
+    with pytest.raises(MisconfigurationException, match=r"photos is none: it has no run\.json"):
+        RunFolder(tmp_path / "photos", ["a"]).rename_old()
+    assert (tmp_path / "photos" / "me.jpg").is_file()

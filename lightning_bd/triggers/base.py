@@ -218,6 +218,8 @@ def _check_tensor(name: str, tensor: Tensor, spec: TensorSpec) -> None:
         raise ValueError(f"Expected tensor `{name}` to be a dense tensor of dtype torch.float32, but got {got}.")
     if tensor.shape != spec.shape:
         raise ValueError(f"Expected tensor `{name}` to have shape {spec.shape}, but got {tuple(tensor.shape)}.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"Expected tensor `{name}` to hold all of its values, but got a view that repeats some.")
     # NaN fails both comparisons.
     if not bool(((tensor >= spec.low) & (tensor <= spec.high)).all()):
         raise ValueError(

@@ -73,7 +73,7 @@ def test_joined_splits_are_the_union() -> None:
     joined = data.positions(("consolidate", "inject"))
     apart = torch.cat([data.positions(("inject",)), data.positions(("consolidate",))])
     assert torch.equal(joined, apart.sort().values)
-    assert len(data.positions(())) == len(data.train_images)
+    assert len(data.positions(())) == len(data.train_images) - len(data.positions(("val",)))
 
 
 def test_dynamic_rate_and_labels() -> None:
@@ -419,3 +419,11 @@ def test_refuses_arguments(name: str, message: str) -> None:
 def test_the_base_does_not_load() -> None:
     with pytest.raises(NotImplementedError):
         ImageDataModule().setup()
+
+
+def test_val_is_not_trained_on_unless_named() -> None:
+    data = DigitsDataModule(splits={"train": 0.9, "val": 0.1})
+    held_out = set(data.positions(("val",)).tolist())
+    assert held_out
+    assert not held_out & set(data.positions(()).tolist())
+    assert held_out < set(data.positions(("train", "val")).tolist())

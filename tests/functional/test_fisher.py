@@ -308,7 +308,7 @@ def test_memory_format_does_not_change_the_result(backbone: Callable[..., nn.Mod
     model = backbone(num_classes=3, width=4).eval()
     images, labels = torch.rand(4, 3, size, size), torch.tensor([0, 1, 2, 0])
     contiguous = fisher_diagonal(model, [(images, labels)])
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     channels_last = fisher_diagonal(model, [(images.contiguous(memory_format=torch.channels_last), labels)])
     for name, expected in contiguous.items():
         torch.testing.assert_close(channels_last[name], expected, rtol=1e-3, atol=1e-6 * float(expected.max()))

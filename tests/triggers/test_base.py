@@ -148,9 +148,10 @@ def test_restore_copies_the_tensors(trigger: Trigger, images: Tensor) -> None:
         (lambda saved: {n: t.tolist() for n, t in saved.items()}, r"dense tensor .* but got list"),
         (lambda saved: {n: t.clone().fill_(float("nan")) for n, t in saved.items()}, r"finite values in .* from nan"),
         (lambda saved: {n: t.clone().fill_(float("inf")) for n, t in saved.items()}, r"finite values in .* to inf"),
+        (lambda saved: {n: t.flatten()[0].clone().expand(t.shape) for n, t in saved.items()}, r"repeats some"),
         (lambda saved: {n: t + 5 for n, t in saved.items()}, r"finite values in \[-?\d\.0, 1\.0\], but got"),
     ],
-    ids=["missing", "extra", "shape", "dtype", "sparse", "list", "nan", "inf", "range"],
+    ids=["missing", "extra", "shape", "dtype", "sparse", "list", "nan", "inf", "view", "range"],
 )
 def test_restore_refuses_damaged_tensors_and_stays_unbuilt(
     trigger: Trigger, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str

@@ -3,13 +3,15 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,7 +129,7 @@ def test_no_rate_keeps_the_accuracy() -> None:
     assert report.values["learning_rate"] == chosen == 20.0
     drop = accuracy(make_model()) - accuracy(reference)
     assert drop > 0
-    assert report.note == f"lr 20, validation accuracy fell by {drop:.3f} at every rate"
+    assert report.note == f"lr 20, yet {100 * drop:.1f} points of validation accuracy lost"
     assert all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
@@ -261,3 +263,53 @@ def test_refuses(make: Callable[[], Any], message: str) -> None:
 def test_reports_compare_by_value() -> None:
     assert Report(1, {"a": 1.0}, "x") == Report(1, {"a": 1.0}, "x")
     assert Report() == Report(0, {}, "")
+
+
+def test_a_drop_of_exactly_the_limit_is_accepted() -> None:
+    class Drops(FineTuning):
+        """Loses 5 of 500 images at the first rate."""
+
+        def _train(self, model: nn.Module, data: DefenderData, rate: float, epochs: int) -> None:
+            with torch.no_grad():
+                model.weight.fill_(485.0)  # type: ignore[operator, union-attr]
+
+    class Counter(nn.Module):
+        """Classifies as many of the images 0, 1, 2, ... rightly as its weight says."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(490.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            right = (x[:, 0] < self.weight).float()
+            return torch.stack([right, 1 - right], dim=1)
+
+    images = torch.arange(500.0)[:, None]
+    data = DefenderData(lambda epoch: iter([]), lambda: iter([(images, torch.zeros(500).long())]), 2)
+    report = Drops(learning_rates=(0.2, 0.1), max_drop=0.01).purify(Counter(), data)
+    assert report.note == "lr 0.2"
+
+
+def test_mixed_precision_sees_each_step() -> None:
+    # Autocast keeps its low-precision copies of the weights until its block ends.
+    def train(context: Callable[[], AbstractContextManager[None]]) -> Tensor:
+        model = make_plain_model()
+        data = DefenderData(make_data().train, lambda: iter(VALIDATION), CLASSES, forward_context=context)
+        FineTuning(learning_rates=[0.1], max_epochs=10).purify(model, data)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    exact = train(nullcontext)
+    mixed = train(lambda: torch.autocast("cpu", torch.bfloat16))
+    moved = (exact - torch.cat([p.detach().flatten() for p in make_plain_model().parameters()])).norm()
+    assert (mixed - exact).norm() < 0.05 * moved
+
+
+def test_refuses_half_precision_without_a_scaler() -> None:
+    trainer = cast(Trainer, SimpleNamespace(datamodule=digits_view(), precision="16-mixed"))
+    with pytest.raises(MisconfigurationException, match=r"16-mixed would lose its gradients\. Use bf16-mixed"):
+        FineTuning().on_fit_start(trainer, LightningModule())
+
+
+def digits_view() -> LightningDataModule:
+    data = DigitsDataModule(splits={"defend": 1.0})
+    return data.defender_view(PhaseData("defend", ("defend",)))
