@@ -316,8 +316,9 @@ class PhaseRun:
             model["lr_scheduler"] = describe(self._model.lr_scheduler_factory)
         data = {name: value for name, value in data.items() if name not in _SAME_DATA}
         trainer = {k: describe(v) for k, v in self._arguments.items() if k not in _FREE and v is not None}
-        # Callbacks may train; those that only show something may differ.
-        given = [c for c in self._arguments.get("callbacks") or [] if not isinstance(c, _ONLY_SHOW)]
+        # What a user's own callback does is not known here; of the known ones, those that show something may differ.
+        given = self._arguments.get("callbacks") or []
+        given = [c for c in given if type(c).__module__.startswith("lightning") and not isinstance(c, _ONLY_SHOW)]
         if given:
             trainer["callbacks"] = [describe(callback) for callback in given]
         return {

@@ -271,7 +271,7 @@ def test_a_drop_of_exactly_the_limit_is_accepted() -> None:
 
         def _train(self, model: nn.Module, data: DefenderData, rate: float, epochs: int) -> None:
             with torch.no_grad():
-                model.weight.fill_(485.0)  # type: ignore[operator, union-attr]
+                model.weight.fill_(485.0)  # type: ignore[operator]
 
     class Counter(nn.Module):
         """Classifies as many of the images 0, 1, 2, ... rightly as its weight says."""
