@@ -7,6 +7,7 @@ Run: ``python benchmarks/sam_step.py --pairs 15 --batch-size 128 --steps 8``.
 """
 
 import argparse
+import logging
 import statistics
 import time
 import warnings
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     variant: Literal["sam", "asam", "gsam", "looksam"] = arguments.variant
 
     def plain() -> float:
