@@ -9,6 +9,8 @@ without any framework. A second run of the loop beside each pair is the A/A cont
 """
 
 import argparse
+import cProfile
+import pstats
 import statistics
 import tempfile
 import time
@@ -147,6 +149,34 @@ def loop(arguments: argparse.Namespace, poison: Poison) -> float:
     return (time.perf_counter() - start) / arguments.steps
 
 
+def profile(arguments: argparse.Namespace, poison: Poison) -> None:
+    """Print the time per step by whose code it is; the difference of two lengths leaves out what happens once."""
+    totals = []
+    for steps in (arguments.steps, 2 * arguments.steps):
+        profiler = cProfile.Profile()
+        profiler.runcall(framework, argparse.Namespace(**{**vars(arguments), "steps": steps}), poison)
+        owners: dict[str, float] = {}
+        for (file, _, name), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+            owners[_owner(file, name)] = owners.get(_owner(file, name), 0.0) + own
+        totals.append(owners)
+    print(f"{arguments.backbone}: own time per step under the profiler, which slows Python code down")
+    for owner in sorted(totals[1], key=lambda key: -totals[1][key]):
+        print(f"{owner:28s} {(totals[1][owner] - totals[0].get(owner, 0.0)) / arguments.steps * 1e3:7.3f} ms")
+
+
+def _owner(file: str, name: str) -> str:
+    checkout = "site-packages" not in file and ("/callbacks/" in file or "/datamodules/" in file)
+    if checkout or "lightning_bd" in file:
+        return "lightning-bd"
+    if "/lightning" in file:
+        return "Lightning"
+    if "/torch" in file:
+        return "PyTorch, Python"
+    if file == "~" and ("torch" in name or "Tensor" in name or "backward" in name):
+        return "PyTorch, operators"
+    return "Python's own functions"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,11 +192,15 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--logger", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard")
     parser.add_argument("--sam", action="store_true", help="SAM in the framework's steps, not in the loop's")
+    parser.add_argument("--profile", action="store_true", help="instead: whose Python code takes a step's time")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     poison = Poison(BadNets(), rate=0.1)
     poison.prepare((3, 32, 32), 10)
+    if arguments.profile:
+        profile(arguments, poison)
+        return
     runs = {
         "loop": lambda: loop(arguments, poison),
         "framework": lambda: framework(arguments, poison),

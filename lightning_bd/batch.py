@@ -30,8 +30,7 @@ class Sample(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
-@dataclass(frozen=True)
-class BatchContext:
+class BatchContext(NamedTuple):
     """The rule that a loader works under; each of its batches carries it.
 
     The rule belongs to the loader and not to the datamodule's current state, so that the previous phase's data

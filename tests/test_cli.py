@@ -6,7 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -460,12 +460,14 @@ def test_the_place_of_an_error_can_be_seen(lightning_bd: Command, monkeypatch: p
         lightning_bd("fit", "--config", "small.yaml", "--data.poison.target", "11")
 
 
-def command(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def command(
+    *args: str, folder: Path, module: Sequence[str] = ("-m", "lightning_bd")
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
         environment.pop(name, None)
     return subprocess.run(
-        [sys.executable, "-m", "lightning_bd", *args], env=environment, cwd=folder, capture_output=True, text=True,
+        [sys.executable, *module, *args], env=environment, cwd=folder, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
 
@@ -502,6 +504,26 @@ def test_two_processes(tmp_path: Path) -> None:
     assert printed(alone.stdout)["test/attack_success_rate"] == pytest.approx(
         100 * float(row["attack_success_rate"]), abs=0.006
     )
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes_that_something_else_started(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lightning_bd")
+    options = ["--trainer.max_epochs=1", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    for fresh in ([], ["--fresh"]):  # with an old run, none of the processes may take its phases for finished
+        done = command("fit", "--config", "small.yaml", *options, *fresh, folder=tmp_path, module=torchrun)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Test set, after each phase") == 1
+        assert list(rows(tmp_path / "runs" / "small")) == ["inject", "consolidate"]
+    assert len(list((tmp_path / "runs").glob("small.old-*"))) == 1
+
+
+def test_true_half_precision(lightning_bd: Command, tmp_path: Path) -> None:
+    done = lightning_bd("fit", "--config", "small.yaml", "--trainer.precision=bf16-true")
+    assert done.status == 0, done.err
+    state = torch.load(tmp_path / "runs/small/01_consolidate/final.ckpt", weights_only=True)["state_dict"]
+    assert state["backbone.fc.weight"].dtype == torch.bfloat16
 
 
 def test_mixed_precision(lightning_bd: Command, tmp_path: Path) -> None:
