@@ -259,7 +259,7 @@ def test_what_the_user_handed_over_is_left_alone(tmp_path: Path) -> None:
     callbacks: list[Callback] = [counter]
     phase = Phase(split="inject", max_epochs=1, optimizer=sgd(), callbacks=[mine])
     phases = {"one": phase, "two": Phase(max_epochs=1)}
-    before = set(vars(model))
+    before, threads = set(vars(model)), torch.get_num_threads()
     runner(tmp_path, phases, callbacks=callbacks).fit(model, datamodule=bars())
     assert callbacks[0] is counter
     assert counter.calls == 0
@@ -267,10 +267,7 @@ def test_what_the_user_handed_over_is_left_alone(tmp_path: Path) -> None:
     assert phase.callbacks == [mine]
     assert set(vars(model)) - before <= {"_hparams"}  # Lightning makes it when asked for
     assert type(model).configure_optimizers is BackdoorClassifier.configure_optimizers
-    assert torch.get_num_threads() == THREADS
-
-
-THREADS = torch.get_num_threads()
+    assert torch.get_num_threads() == threads
 
 
 def test_threads_only_for_the_run(tmp_path: Path) -> None:
@@ -280,7 +277,8 @@ def test_threads_only_for_the_run(tmp_path: Path) -> None:
         def on_train_start(self, *_: object) -> None:
             seen.append(torch.get_num_threads())
 
-    number = torch.get_num_threads() + 1
+    threads = torch.get_num_threads()
+    number = threads + 1
     phases = {"one": Phase(max_epochs=1)}
     try:
         runner(tmp_path, phases, callbacks=[Look()], num_threads=number, limit_train_batches=1).fit(
@@ -288,7 +286,7 @@ def test_threads_only_for_the_run(tmp_path: Path) -> None:
         )
         assert seen == [number]
     finally:
-        assert torch.get_num_threads() == THREADS
+        assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="Expected argument `num_threads` to be a positive integer, but got 0"):
         runner(tmp_path, phases, num_threads=0)
 
