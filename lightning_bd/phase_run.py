@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,11 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
-    DeviceStatsMonitor,
-    LearningRateMonitor,
     ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
 )
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -33,9 +28,8 @@ from lightning_bd.checkpointing import (
     read_checkpoint,
     save_atomically,
 )
-from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.datamodules import ImageDataModule, PhaseData
-from lightning_bd.description import Description, describe
+from lightning_bd.description import Description
 from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.phase import INIT, Phase
 from lightning_bd.phase_callbacks import (
@@ -48,18 +42,10 @@ from lightning_bd.phase_callbacks import (
 )
 from lightning_bd.phase_logger import PhaseTensorBoardLogger
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
+from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
 
 __all__ = ("PhaseRun", "is_first_process")
-
-# Trainer arguments that may differ between two attempts at one run.
-_FREE = {
-    "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_progress_bar",
-    "log_every_n_steps", "logger", "max_epochs", "plugins", "profiler",
-}  # fmt: skip
-_ONLY_SHOW = (ProgressBar, ModelSummary, LearningRateMonitor, DeviceStatsMonitor)
-# Options of the data that do not change what a batch is; the images themselves are known by their SHA-256.
-_SAME_DATA = {"root", "download", "num_workers", "in_memory", "batch_format"}
 
 
 class PhaseRun:
@@ -140,7 +126,8 @@ class PhaseRun:
         if fresh and (old := self.folder.rename_old()) is not None:
             rank_zero_info(f"The old run was renamed to {old}.")
         phases = {name: self._describe_phase(phase) for name, phase in self._phases.items()}
-        self.folder.open(self._describe_run(), phases)
+        run = describe_run(self._model, self._datamodule, self._arguments, self._processes)
+        self.folder.open(run, phases)
         if self._config is not None:
             write_text_atomically(self.folder.root / "config.yaml", self._config)
         manifest = self._datamodule.manifest(tuple(self._data.values()))
@@ -307,33 +294,9 @@ class PhaseRun:
         length = f"{epochs} epochs" if epochs else "trained by its defense"
         return f"{split} ({kind}), {length}, from `{self._parents[phase.name or '']}`"
 
-    def _describe_run(self) -> dict[str, Description]:
-        model, data = describe(self._model), describe(self._datamodule)
-        assert isinstance(model, dict)
-        assert isinstance(data, dict)
-        if isinstance(self._model, BackdoorClassifier):
-            model["optimizer"] = describe(self._model.optimizer_factory)
-            model["lr_scheduler"] = describe(self._model.lr_scheduler_factory)
-        data = {name: value for name, value in data.items() if name not in _SAME_DATA}
-        trainer = {k: describe(v) for k, v in self._arguments.items() if k not in _FREE and v is not None}
-        # What a user's own callback does is not known here; of the known ones, those that show something may differ.
-        given = self._arguments.get("callbacks") or []
-        given = [c for c in given if type(c).__module__.startswith("lightning") and not isinstance(c, _ONLY_SHOW)]
-        if given:
-            trainer["callbacks"] = [describe(callback) for callback in given]
-        return {
-            "model": model,
-            "data": {**data, "sha256": self._datamodule.fingerprint()},
-            "seed": self._datamodule.run_seed,
-            "processes": self._processes,
-            "trainer": trainer,
-        }
-
     def _describe_phase(self, phase: Phase) -> dict[str, Description]:
-        described = {item.name: describe(getattr(phase, item.name)) for item in fields(phase)}
-        if any(isinstance(callback, Defense) for callback in phase.callbacks):
-            described["epoch_limit"] = self._arguments.get("max_epochs")
-        return {**described, "max_epochs": self._epochs(phase), "start_from": self._parents[phase.name or ""]}
+        limit = self._arguments.get("max_epochs")
+        return describe_phase(phase, self._epochs(phase), self._parents[phase.name or ""], limit)
 
 
 def is_first_process() -> bool:
