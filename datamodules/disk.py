@@ -21,7 +21,7 @@ class DiskDataModule(ImageDataModule):
         root: Folder that holds the data set.
         image_size: Height and width; images of another size are resized. ``None``: the data set's usual size.
         download: Fetch the data set into ``root`` if it is missing, where its source offers that.
-        poison: See :class:`ImageDataModule`, as all further arguments.
+        poison: The attacker's rule; ``None`` for clean data and no attack test set.
         splits: Share of the training set per named split.
         batch_size: Images per batch and process.
         subset: Use only this many training images, classes in proportion.
