@@ -11,7 +11,7 @@ the machine meets both. The first two turns of each are not counted.
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from lightning_bd.datamodules import ImageDataModule
+from lightning_bd.datamodules.augmentation import crop_and_flip
 from lightning_bd.datamodules.images import TensorImages
+from lightning_bd.datamodules.rendering import to_float
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import BadNets
 
@@ -76,6 +78,30 @@ def images_per_second(batches: Iterator[Tensor]) -> float:
     return count / (time.perf_counter() - start)
 
 
+def stages(data: ImageDataModule) -> dict[str, float]:
+    """Return the seconds of each stage of a batch, again and again on the same one."""
+    loader = data.train_dataloader()
+    raw = next(iter(loader))
+    offsets = raw.crop_offsets
+    assert offsets is not None
+    work: dict[str, Callable[[], object]] = {
+        "read": lambda: loader.images.read(raw.indices),
+        "crop and mirror": lambda: crop_and_flip(raw.images, offsets, raw.flips, 4),
+        "to float": lambda: to_float(raw.images),
+        "all on the device": lambda: data.on_after_batch_transfer(raw, 0),
+        "draws and all, in an epoch": lambda: sum(1 for _ in ours(data)),
+    }
+    seconds = {}
+    for name, run in work.items():
+        repeats = 300 if "epoch" not in name else 5
+        run()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        seconds[name] = (time.perf_counter() - start) / repeats / (1 if "epoch" not in name else len(loader))
+    return seconds
+
+
 def main() -> None:
     """Run the turns and print the medians."""
     parser = argparse.ArgumentParser(description="Speed of training batches on the CPU.")
@@ -95,6 +121,8 @@ def main() -> None:
         speeds["lightning-bd, trigger"].append(images_per_second(ours(data)))
         speeds["torchvision, no trigger"].append(images_per_second(batch[0] for batch in loader))
     medians = {name: statistics.median(values[WARM_UP:]) for name, values in speeds.items()}
+    for name, seconds in stages(data).items():
+        print(f"{name:28s} {seconds * 1e6:6.0f} µs per batch")
     for name, median in medians.items():
         turns = speeds[name][WARM_UP:]
         print(f"{name:24s} {median:10,.0f} images/s  (median of {len(turns)}, {min(turns):,.0f} to {max(turns):,.0f})")

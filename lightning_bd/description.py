@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ def describe(value: object) -> Description:
     """
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, Enum):
+        return f"{_name(type(value))}.{value.name}"
     if isinstance(value, Path | timedelta | torch.dtype | torch.device):
         return str(value)
     if isinstance(value, Mapping):
