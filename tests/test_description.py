@@ -94,7 +94,7 @@ PAIRS: dict[str, tuple[Make, Make, str]] = {
     "dtype": (lambda: {"d": torch.float16}, lambda: {"d": torch.float32}, "d: was 'torch.float16', is 'torch.float32'"),
     "device": (lambda: {"d": torch.device("cpu")}, lambda: {"d": torch.device("meta")}, "d: was 'cpu', is 'meta'"),
     "time": (lambda: {"t": timedelta(1)}, lambda: {"t": timedelta(2)}, "t: was '1 day, 0:00:00', is '2 days, 0:00:00'"),
-    "enum": (lambda: {"c": Color.RED}, lambda: {"c": Color.BLUE}, f"c: was '{__name__}.Color.RED', is '{__name__}.Color.BLUE'"),
+    "enum": (lambda: {"c": Color.RED}, lambda: {"c": Color.BLUE}, f"c: was '{__name__}.Color.RED', is '"),
     "class": (lambda: {"c": nn.ReLU}, lambda: {"c": nn.GELU}, "c: was 'torch.nn.modules.activation.ReLU', is '"),
     "tensor": (lambda: {"t": torch.zeros(2)}, lambda: {"t": torch.zeros(3)}, "t: was 'tensor(2,)', is 'tensor(3,)'"),
     "dataclass": (lambda: Options(0.1), lambda: Options(0.2), "rate: was 0.1, is 0.2"),
