@@ -135,6 +135,12 @@ def check_phase(phase: Phase, phases: Mapping[str, Phase]) -> None:
     """
     if phase.lr_scheduler is not None and phase.optimizer is None:
         raise MisconfigurationException(f"Phase `{phase.name}`: `lr_scheduler` needs an `optimizer` beside it.")
+    if phase.batch_size is not None and phase.batch_size < 1:
+        raise MisconfigurationException(f"Phase `{phase.name}`: `batch_size` must be positive, not {phase.batch_size}.")
+    if phase.max_epochs is not None and phase.max_epochs < 0:
+        raise MisconfigurationException(
+            f"Phase `{phase.name}`: `max_epochs` must be 0 or more, not {phase.max_epochs}: a phase has to end."
+        )
     if phase.defends and phase.poisoned:
         raise MisconfigurationException(
             f"Phase `{phase.name}` defends (by its name, split or a defense), so it cannot be `poisoned`."

@@ -199,6 +199,8 @@ class PhaseRun:
             view.epoch_limit = self._arguments.get("max_epochs")
         manifest = self._datamodule.manifest(tuple(self._data[name] for name in self._lineage(phase.name)))
         elapsed, run_record = ElapsedTime(), RunRecord(phase.name, manifest, self._config)
+        # A defense can reach its Trainer's callbacks: none of them may know the attack.
+        carried = RunRecord(phase.name, None, None) if phase.defends else run_record
         callbacks = [*copy.deepcopy(self._arguments.get("callbacks") or []), *phase.callbacks]
         preview = [TriggerPreview(self._datamodule, self.folder.root)] if self._data[phase.name].poison else []
         trainer = self._fresh_trainer(
@@ -213,7 +215,7 @@ class PhaseRun:
                 elapsed,
                 *callbacks,
                 *preview,
-                run_record,
+                carried,
                 EpochCheckpoint(here.checkpoints, self._checkpoint_interval),
             ],
         )

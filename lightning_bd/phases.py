@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import _EVALUATE_OUTPUT, _PREDICT_OUTPUT, EVAL_DATALOADERS, TRAIN_DATALOADERS
 
@@ -53,6 +53,8 @@ class MultiPhaseTrainer(Trainer):
         checkpoint_interval: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        if isinstance(kwargs.get("callbacks"), Callback):
+            kwargs["callbacks"] = [kwargs["callbacks"]]
         # Trainer adds its own callbacks to the list that it is given, and strategies keep state: keep clean copies.
         self._arguments = {
             name: copy.deepcopy(value) if name in ("callbacks", "strategy") else value for name, value in kwargs.items()
@@ -109,7 +111,8 @@ class MultiPhaseTrainer(Trainer):
             MisconfigurationException: If the run folder belongs to another run, or the data lacks what a phase needs.
         """
         if not self.phases:
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            with expected_warnings():
+                super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
             return
         if train_dataloaders is not None or val_dataloaders is not None or not isinstance(datamodule, ImageDataModule):
             raise MisconfigurationException(
@@ -163,10 +166,10 @@ class MultiPhaseTrainer(Trainer):
             raise MisconfigurationException(
                 "There is no validation split: add one to `data.splits` (`val: 0.05`), or use `test`."
             )
-        self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
+        left = self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
         own = isinstance(datamodule, ImageDataModule)
         with expected_warnings():
-            metrics = super().validate(model, dataloaders, None, verbose and not own, datamodule)
+            metrics = super().validate(model, dataloaders, left, verbose and not own, datamodule, weights_only=True)
         if own and verbose and self.is_global_zero:
             print_metrics(metrics[0])
         return metrics
@@ -190,10 +193,10 @@ class MultiPhaseTrainer(Trainer):
             datamodule: The data.
             weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
         """
-        self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
+        left = self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
         own = isinstance(datamodule, ImageDataModule)
         with expected_warnings():
-            metrics = super().test(model, dataloaders, None, verbose and not own, datamodule)
+            metrics = super().test(model, dataloaders, left, verbose and not own, datamodule, weights_only=True)
         if own and verbose and self.is_global_zero:
             print_metrics(metrics[0])
         return metrics
@@ -217,9 +220,9 @@ class MultiPhaseTrainer(Trainer):
             ckpt_path: Checkpoint to load first.
             weights_only: Checkpoints are always loaded with `weights_only=True`; nothing else is accepted.
         """
-        self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
+        left = self._load_checkpoint(model, datamodule, ckpt_path, weights_only)
         with expected_warnings():
-            predictions = super().predict(model, dataloaders, datamodule, return_predictions)
+            predictions = super().predict(model, dataloaders, datamodule, return_predictions, left, weights_only=True)
         if predictions and isinstance(datamodule, ImageDataModule):
             file = Path(self.default_root_dir) / f"predictions{f'_rank{self.global_rank}' * (self.world_size > 1)}.csv"
             write_predictions([tuple(batch) for batch in predictions], file)
@@ -244,17 +247,18 @@ class MultiPhaseTrainer(Trainer):
         datamodule: LightningDataModule | None,
         path: str | Path | None,
         weights_only: bool | None,
-    ) -> None:
-        """Check a checkpoint, load its weights, and take its trigger over."""
+    ) -> str | None:
+        """Check a checkpoint, load its weights, take its trigger over; return what is left for Lightning to find."""
         if weights_only is False:
             raise MisconfigurationException(
                 "`weights_only` False would unpickle, and so run, whatever the checkpoint holds; leave it out."
             )
-        if path is None:
-            return
+        if path is None or path in ("best", "last", "hpc"):
+            return None if path is None else str(path)
         checkpoint = read_checkpoint(Path(path))
         check_weights(model, checkpoint["state_dict"], Path(path))
         if isinstance(datamodule, ImageDataModule):
             use_manifest_of(checkpoint, Path(path), datamodule, override=self.override_trigger)
         model.load_state_dict(checkpoint["state_dict"])
         rank_zero_info(f"Loaded the weights of {path}.")
+        return None

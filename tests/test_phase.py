@@ -165,3 +165,15 @@ def test_callbacks_are_not_shared() -> None:
 def test_what_is_right_passes() -> None:
     phase = Phase("a", split="inject", poisoned="static", trainer={"gradient_clip_val": 1.0, "precision": "bf16-mixed"})
     check_phase(phase, {"a": phase})
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (Phase("a", batch_size=0), r"`a`: `batch_size` must be positive, not 0"),
+        (Phase("a", max_epochs=-1), r"`a`: `max_epochs` must be 0 or more, not -1"),
+    ],
+)
+def test_sizes_are_checked(phase: Phase, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        check_phase(phase, {"a": phase})

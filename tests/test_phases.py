@@ -958,3 +958,43 @@ def test_phases_come_first_and_a_phase_needs_no_trainer_arguments(tmp_path: Path
 def test_refuses_checkpoint_interval() -> None:
     with pytest.raises(ValueError, match="`checkpoint_interval` to be a non-negative number, but got -1"):
         MultiPhaseTrainer(checkpoint_interval=-1)
+
+
+def test_no_callback_of_a_defending_phase_knows_the_attack(tmp_path: Path) -> None:
+    recorder = Recorder()
+    phases = {"attack": Phase(poisoned=True, max_epochs=1), "defend": Phase(max_epochs=1)}
+    trainer = runner(tmp_path, phases, callbacks=[recorder])
+    trainer.resolved_config = "data: {poison: secret}"
+    trainer.fit(classifier(), datamodule=bars())
+
+    def known(phase: str) -> list[object]:
+        callbacks: list[Callback] = recorder.trainers[phase].callbacks  # type: ignore[attr-defined]
+        return [value for callback in callbacks if callback is not recorder for value in vars(callback).values()]
+
+    def tells(value: object) -> bool:
+        return isinstance(value, PoisonManifest | Poison | ImageDataModule) or "secret" in str(value)
+
+    assert any(tells(value) for value in known("attack"))
+    assert not any(tells(value) for value in known("defend"))
+    (path,) = tmp_path.glob("*_defend/final.ckpt")
+    record = read_checkpoint(path)[RECORD_KEY]
+    assert record["manifest"]
+    assert record["config"] == trainer.resolved_config
+
+
+def test_one_callback_needs_no_list(tmp_path: Path) -> None:
+    recorder = Recorder()
+    runner(tmp_path, {"one": Phase(max_epochs=1)}, callbacks=recorder).fit(classifier(), datamodule=bars())
+    assert recorder.order == ["one"]
+
+
+def test_without_phases_lightnings_words_for_checkpoints_work(tmp_path: Path) -> None:
+    trainer = MultiPhaseTrainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    model, data = classifier(), bars()
+    trainer.fit(model, datamodule=data)
+    expected = trainer.test(model, datamodule=data, verbose=False)
+    model.load_state_dict(classifier(seed=1).state_dict())
+    assert trainer.test(model, datamodule=data, verbose=False, ckpt_path="best") == expected
