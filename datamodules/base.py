@@ -224,13 +224,16 @@ class ImageDataModule(LightningDataModule):
             self.train_images, self.positions(self.phase.splits), BatchContext("clean_fit"), self.batch_size
         )
 
-    def reference_batches(self, device: torch.device | str = "cpu") -> Iterator[Sample | tuple[Tensor, Tensor]]:
+    def reference_batches(
+        self, device: torch.device | str = "cpu", clean: bool = False
+    ) -> Iterator[Sample | tuple[Tensor, Tensor]]:
         """Replay one epoch of the phase that the current one started from, as its model saw it.
 
         Augmented, and poisoned if that phase was. Under several processes each gets its share.
 
         Args:
             device: Where the batches are made.
+            clean: Leave the poison out.
 
         Raises:
             MisconfigurationException: If the current phase does not start from another.
@@ -240,7 +243,8 @@ class ImageDataModule(LightningDataModule):
                 "This phase starts from no other phase, so there is no earlier data to replay. Set the phase's "
                 "`start_from`, or give the callback its own `dataloader`."
             )
-        loader = self._train_loader(replace(self.reference, name=f"{self.reference.name} (replayed)"))
+        phase = replace(self.reference, name=f"{self.reference.name} (replayed)")
+        loader = self._train_loader(replace(phase, poison=None) if clean else phase)
         here = self._place()
         loader.place = lambda: Place(0, here.rank, here.world_size)
         for raw in loader:

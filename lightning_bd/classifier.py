@@ -53,15 +53,6 @@ class _Normalize(nn.Module):
         self.register_buffer("mean", torch.tensor(statistics.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(statistics.std)[:, None, None], persistent=False)
 
-    def setup(self, stage: str) -> None:
-        """Refuse pairs where the attack is to be measured, before anything is trained."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if getattr(datamodule, "batch_format", None) == "pair" and getattr(datamodule, "poison", None) is not None:
-            raise MisconfigurationException(
-                "`BackdoorClassifier` measures attack success with the original labels, which pairs do not have: set "
-                "`data.batch_format: sample`."
-            )
-
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from lightning_bd.callbacks.continual.quadratic_penalty import QuadraticPenalty
+from lightning_bd.callbacks.continual.reference import reference_batches
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.fisher import FisherKind, fisher_sums
 
@@ -190,7 +191,7 @@ class ElasticWeightConsolidation(Callback):
         with isolate_rng():
             sums, count = fisher_sums(
                 pl_module,
-                self._reference_batches(trainer, pl_module),
+                reference_batches(trainer, pl_module, self.dataloader, type(self).__name__),
                 self.fisher,
                 num_samples=_share(self.num_samples, trainer.global_rank, trainer.world_size),
                 chunk_size=self.chunk_size,
@@ -208,20 +209,6 @@ class ElasticWeightConsolidation(Callback):
         }
         self._anchor = {name: p.detach().clone() for name, p in pl_module.named_parameters() if name in sums}
         rank_zero_info(f"Measured on {total} samples in {time.perf_counter() - start:.1f} s.")
-
-    def _reference_batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.dataloader is not None:
-            batches: Iterable[Any] = _transfer(self.dataloader, pl_module)
-        else:
-            reference_batches = getattr(getattr(trainer, "datamodule", None), "reference_batches", None)
-            if reference_batches is None:
-                raise MisconfigurationException(
-                    f"`{type(self).__name__}` needs data of the previous task. Pass `dataloader=...`, or fit with a"
-                    " datamodule that has `reference_batches(device)`."
-                )
-            batches = reference_batches(pl_module.device)
-        convert = trainer.precision_plugin.convert_input
-        return ((convert(batch[0]), batch[1]) for batch in batches)
 
     def _check_curvature(self, trainer: Trainer, curvature: float) -> None:
         name = type(self).__name__
@@ -244,9 +231,3 @@ class ElasticWeightConsolidation(Callback):
 def _share(num_samples: int | None, rank: int, world_size: int) -> int | None:
     return None if num_samples is None else num_samples // world_size + (rank < num_samples % world_size)
 
-
-def _transfer(batches: Iterable[Any], pl_module: LightningModule) -> Iterator[Any]:
-    for batch in batches:
-        prepared = pl_module.on_before_batch_transfer(batch, 0)
-        moved = pl_module.transfer_batch_to_device(prepared, pl_module.device, 0)
-        yield pl_module.on_after_batch_transfer(moved, 0)
