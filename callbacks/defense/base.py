@@ -3,17 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-__all__ = ("DefenderData", "Defense", "Report")
+__all__ = ("DefenderData", "Defense", "NotApplicableError", "Report")
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+class NotApplicableError(Exception):
+    """A defense cannot work on this model or data; the message says why, and the model was not changed."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ class Report:
         epochs: Epochs over the defender's training data that the purified model saw.
         values: Named numbers, such as the chosen learning rate.
         note: One sentence for the results table; empty if there is nothing to say.
+        images: Named pictures ``(C, H, W)`` in [0, 1], such as inverted triggers; written as PNG files.
+        tensors: What :meth:`Defense.stages` needs to repeat the work, such as the order of pruning.
     """
 
     epochs: int = 0
     values: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    images: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -70,6 +78,9 @@ class Defense(Callback, ABC):
     the same; the first one's weights are then sent to the others. Attack success is no input and never measured here.
     """
 
+    #: What the positions that :meth:`stages` yields are, for the axis of a figure.
+    stage_axis: ClassVar[str] = "stage"
+
     def __init__(self) -> None:
         self.report: Report | None = None
 
@@ -83,7 +94,25 @@ class Defense(Callback, ABC):
 
         Returns:
             What was done.
+
+        Raises:
+            NotApplicableError: If the model or the data lacks what the defense needs; ``model`` is as it was.
         """
+
+    def stages(self, model: nn.Module, report: Report) -> Iterator[float]:
+        """Take a copy of the attacked model step by step through what :meth:`purify` did to it.
+
+        For whoever draws accuracy and attack success along the way *afterwards*; a defense never does. Most defenses
+        have no such steps and yield nothing.
+
+        Args:
+            model: A copy of the model as it was before the defense; changed in place before each position.
+            report: What :meth:`purify` returned.
+
+        Yields:
+            The position of the model in its present state, on the axis :attr:`stage_axis`.
+        """
+        return iter(())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the report of an earlier fit; that of a resumed one is loaded after this."""
@@ -122,7 +151,9 @@ class Defense(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the report, so that a resumed fit does not purify twice."""
-        return {} if self.report is None else {"report": asdict(self.report)}
+        if self.report is None:
+            return {}
+        return {"report": {item.name: getattr(self.report, item.name) for item in fields(self.report)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the report."""

@@ -1,16 +1,13 @@
 """Fine-tuning on clean data, with the learning rate chosen as a defender would."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, Report
+from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, train
 
 __all__ = ("FineTuning",)
 
@@ -63,13 +60,13 @@ class FineTuning(Defense):
 
     def purify(self, model: nn.Module, data: DefenderData) -> Report:
         """Fine-tune ``model`` in place with the largest learning rate that keeps the clean validation accuracy."""
-        epochs = self.max_epochs if data.epoch_limit is None else min(self.max_epochs, data.epoch_limit)
+        epochs = allowed_epochs(data, self.max_epochs)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        before = _accuracy(model, data)
+        before = clean_accuracy(model, data)
         for rate in sorted(self.learning_rates, reverse=True):
             model.load_state_dict(start)
             self._train(model, data, rate, epochs)
-            after = _accuracy(model, data)
+            after = clean_accuracy(model, data)
             kept = before - after <= self.max_drop + 1e-9  # 0.98 - 0.97 is a little more than 0.01
             if kept:
                 break
@@ -86,39 +83,4 @@ class FineTuning(Defense):
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        with _mode(model, training=True):
-            for epoch in tqdm(range(epochs), f"fine-tuning, lr {rate:g}", disable=not data.show_progress, leave=False):
-                for images, labels in data.train(epoch):
-                    with data.forward_context():
-                        loss = F.cross_entropy(model(images), labels)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, data: DefenderData) -> float:
-    correct = total = 0
-    with _mode(model, training=False):
-        for images, labels in data.validation():
-            with data.forward_context():
-                logits = model(images)
-            correct += int((logits.argmax(1) == labels).sum())
-            total += len(labels)
-    if total == 0:
-        raise MisconfigurationException("The defender has no validation images: give the phase a larger split.")
-    return correct / total
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Switch the whole model to training or evaluation, and every module back to what it was."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
+        train(model, data, epochs, optimizer, schedule=schedule, title=f"fine-tuning, lr {rate:g}")

@@ -1,0 +1,123 @@
+"""What defenses share that train on, or measure with, the defender's clean data."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from lightning_bd.callbacks.defense.base import DefenderData
+
+__all__ = ("Loss", "allowed_epochs", "clean_accuracy", "cross_entropy", "mode", "train")
+
+#: Loss of a model on images ``(B, C, H, W)`` and labels ``(B,)``: a tensor without dimensions.
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of ``model``'s logits, a tensor without dimensions.
+
+    Args:
+        model: Maps images to logits.
+        images: ``(B, C, H, W)`` in [0, 1].
+        labels: ``(B,)`` int64.
+    """
+    return F.cross_entropy(model(images), labels)
+
+
+def allowed_epochs(data: DefenderData, wanted: int) -> int:
+    """Return ``wanted`` epochs, or fewer if the run caps them."""
+    return wanted if data.epoch_limit is None else min(wanted, data.epoch_limit)
+
+
+def train(
+    model: nn.Module,
+    data: DefenderData,
+    epochs: int,
+    optimizer: Optimizer,
+    loss: Loss = cross_entropy,
+    *,
+    schedule: LRScheduler | None = None,
+    step: Callable[[Callable[[], Tensor]], None] | None = None,
+    first_epoch: int = 0,
+    title: str = "training",
+) -> None:
+    """Train a model in place on the defender's training images, in training mode; gradients are dropped at the end.
+
+    Args:
+        model: The model; every module's mode is put back.
+        data: The defender's data.
+        epochs: Number of epochs.
+        optimizer: Steps after each batch.
+        loss: What to minimise.
+        schedule: Steps after each epoch.
+        step: Instead of one backward pass and one step of the optimizer: gets a function that computes the batch's
+            loss and its gradient, and may call it more than once.
+        first_epoch: Number of the first epoch; decides order and augmentation.
+        title: For the progress bar.
+    """
+    with mode(model, training=True):
+        progress = range(first_epoch, first_epoch + epochs)
+        for epoch in tqdm(progress, title, disable=not data.show_progress, leave=False):
+            for images, labels in data.train(epoch):
+
+                def closure(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                    optimizer.zero_grad(set_to_none=True)
+                    with data.forward_context():
+                        value = loss(model, images, labels)
+                    value.backward()  # type: ignore[no-untyped-call]
+                    return value
+
+                if step is None:
+                    closure()
+                    optimizer.step()
+                else:
+                    step(closure)
+            if schedule is not None:
+                schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def clean_accuracy(model: nn.Module, data: DefenderData) -> float:
+    """Return the accuracy on the defender's validation images, in [0, 1], in evaluation mode.
+
+    Args:
+        model: Maps images to logits; every module's mode is put back.
+        data: The defender's data.
+
+    Raises:
+        MisconfigurationException: If there are no validation images.
+    """
+    correct = total = 0
+    with mode(model, training=False):
+        for images, labels in data.validation():
+            with data.forward_context():
+                logits = model(images)
+            correct += int((logits.argmax(1) == labels).sum())
+            total += len(labels)
+    if total == 0:
+        raise MisconfigurationException("The defender has no validation images: give the phase a larger split.")
+    return correct / total
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Switch the whole model to training or evaluation, and every module back to what it was.
+
+    Args:
+        model: The model.
+        training: Whether to train inside the block.
+    """
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
