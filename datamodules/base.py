@@ -54,6 +54,7 @@ class ImageDataModule(LightningDataModule):
             what ``val_dataloader`` yields, and not trained on unless named. ``None``: one split ``train``.
         batch_size: Images per batch and process, where a phase does not say.
         subset: Use only this many training images, classes in proportion.
+        test_subset: Use only this many test images, classes in proportion; rates are then less certain.
         augment: ``"crop"``: random crop after padding by an eighth of the height; ``"crop_flip"``: and mirrored at
             random; ``"none"``. ``None``: what is usual for the data set.
         batch_format: ``"sample"`` yields :class:`~lightning_bd.batch.Sample`; ``"pair"`` yields ``(image, label)``
@@ -81,6 +82,7 @@ class ImageDataModule(LightningDataModule):
         seed: int | None = None,
         num_workers: int = 0,
         in_memory: bool | None = None,
+        test_subset: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -91,6 +93,7 @@ class ImageDataModule(LightningDataModule):
         self.splits: Mapping[str, float] = splits if splits is not None else {"train": 1.0}
         self.batch_size = batch_size
         self.subset = subset
+        self.test_subset = test_subset
         self.augment: Augment = augment if augment is not None else self.default_augment
         self.batch_format = batch_format
         self.split_seed = split_seed
@@ -121,7 +124,10 @@ class ImageDataModule(LightningDataModule):
         if self.poison is not None:
             self.poison.prepare(train.image_shape, len(train.class_names))
         self._source = train
-        self._train, self._test = self._held(train), self._held(self.load(train=False))
+        test = self.load(train=False)
+        if self.test_subset is not None:
+            test = test.select(stratified_subset(test.labels, self.test_subset, self.split_seed, "test_subset"))
+        self._train, self._test = self._held(train), self._held(test)
 
     @property
     def train_images(self) -> ImageSet:

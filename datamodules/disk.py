@@ -25,6 +25,7 @@ class DiskDataModule(ImageDataModule):
         splits: Share of the training set per named split.
         batch_size: Images per batch and process.
         subset: Use only this many training images, classes in proportion.
+        test_subset: Use only this many test images, classes in proportion.
         augment: ``"none"``, ``"crop"`` or ``"crop_flip"``.
         batch_format: ``"sample"`` or ``"pair"``.
         split_seed: Seed of splits and subset.
@@ -56,10 +57,12 @@ class DiskDataModule(ImageDataModule):
         seed: int | None = None,
         num_workers: int = 0,
         in_memory: bool | None = None,
+        test_subset: int | None = None,
     ) -> None:
         super().__init__(
-            poison, splits, batch_size, subset, augment, batch_format, split_seed, seed, num_workers, in_memory
-        )
+            poison, splits, batch_size, subset, augment, batch_format, split_seed, seed, num_workers, in_memory,
+            test_subset,
+        )  # fmt: skip
         if image_size is not None and image_size < 1:
             raise ValueError(f"Expected argument `image_size` to be a positive integer, but got {image_size}.")
         if download and not self.can_download:

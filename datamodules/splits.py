@@ -55,7 +55,7 @@ def stratified_splits(labels: Tensor, fractions: Mapping[str, float], seed: int 
     return {name: torch.cat(chunks).sort().values for name, chunks in parts.items()}
 
 
-def stratified_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:
+def stratified_subset(labels: Tensor, size: int, seed: int = 0, name: str = "subset") -> Tensor:
     """Choose ``size`` positions with the classes in proportion, to within one image each.
 
     Args:
@@ -75,7 +75,7 @@ def stratified_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:
         [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     """
     if not 1 <= size <= len(labels):
-        raise ValueError(f"Expected argument `subset` to be in [1, {len(labels)}], but got {size}.")
+        raise ValueError(f"Expected argument `{name}` to be in [1, {len(labels)}], but got {size}.")
     # Every image gets its rank within its class, shuffled, divided by the class size: the smallest values are in
     # proportion to the classes.
     order = torch.randperm(len(labels), generator=keyed_generator(seed, "subset"))

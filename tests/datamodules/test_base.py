@@ -242,6 +242,14 @@ def test_subset_keeps_the_proportions() -> None:
     assert len(data.test_images) == 359
 
 
+def test_test_subset_keeps_the_proportions() -> None:
+    data = DigitsDataModule(test_subset=100)
+    assert len(data.train_images) == 1438
+    assert data.test_images.labels.bincount().tolist() == [10] * 10
+    with pytest.raises(ValueError, match=r"`test_subset` to be in \[1, 359\], but got 360"):
+        DigitsDataModule(test_subset=360).setup()
+
+
 def test_manifest_lists_static_phases(tmp_path: Path) -> None:
     data = digits(rate=0.1)
     static = replace(INJECT, poison="static")
