@@ -153,17 +153,18 @@ class ImageDataModule(LightningDataModule):
         """``(C, H, W)`` of every image."""
         return self.train_images.image_shape
 
-    def replace_poison(self, poison: Poison) -> None:
+    def replace_poison(self, poison: Poison | None) -> None:
         """Evaluate, or train the phases to come, with another poison.
 
         Args:
-            poison: The new rule.
+            poison: The new rule; ``None``: the attack is not known, and no triggered images are made.
 
         Raises:
             ValueError: If it does not fit the images or classes.
         """
         self.setup()
-        poison.prepare(self.image_shape, self.num_classes)
+        if poison is not None:
+            poison.prepare(self.image_shape, self.num_classes)
         self.poison = poison
         self._static.clear()
 

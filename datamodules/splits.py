@@ -62,6 +62,7 @@ def stratified_subset(labels: Tensor, size: int, seed: int = 0, name: str = "sub
         labels: ``(N,)`` int64.
         size: How many, in [1, N].
         seed: Seed of the choice.
+        name: What the caller calls ``size``, for the message.
 
     Returns:
         ``(size,)`` sorted positions.

@@ -1,4 +1,4 @@
-"""The command line: Lightning's, with shipped configs by name and readable errors."""
+"""The command line: Lightning's and ours, with shipped configs by name and readable errors."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
@@ -15,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bd.checkpointing import CheckpointError
 from lightning_bd.classifier import BackdoorClassifier
+from lightning_bd.commands import CommandTrainer
+from lightning_bd.commands.arguments import expand_arguments
 from lightning_bd.config_files import ConfigError, expand_configs
 from lightning_bd.phase_callbacks import NonFiniteLossError
-from lightning_bd.phases import MultiPhaseTrainer
 
 __all__ = ("BackdoorCLI", "main")
 
@@ -43,7 +45,13 @@ class _Parser(LightningArgumentParser):
 
 
 class BackdoorCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` for a :class:`BackdoorClassifier` and any image datamodule."""
+    """Lightning's commands and ours for a :class:`BackdoorClassifier` and any image datamodule."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, and the arguments of their methods that come from the config."""
+        ours = dict.fromkeys(("defend", "interpolate", "landscape", "sharpness"), {"model", "datamodule"})
+        return {**LightningCLI.subcommands(), **ours}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of the command or of a subcommand."""
@@ -66,18 +74,22 @@ class BackdoorCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         """Parse the arguments, with the configs found and merged."""
+        typed = expand_arguments(sys.argv[1:] if args is None else args)
         with tempfile.TemporaryDirectory() as folder:
-            self.config = parser.parse_args(expand_configs(sys.argv[1:] if args is None else args, Path(folder)))
+            self.config = parser.parse_args(expand_configs(typed, Path(folder)))
 
-    def instantiate_trainer(self, **kwargs: Any) -> MultiPhaseTrainer:
+    def instantiate_trainer(self, **kwargs: Any) -> CommandTrainer:
         """Make the trainer and hand it what only the command line knows."""
         trainer = super().instantiate_trainer(**kwargs)
-        assert isinstance(trainer, MultiPhaseTrainer)
+        assert isinstance(trainer, CommandTrainer)
         subcommand = str(self.subcommand)
         config = self.config[subcommand]
         trainer.fresh = bool(config.get("fresh"))
         trainer.override_trigger = bool(config.get("override_trigger"))
-        trainer.resolved_config = self._parser(subcommand).dump(config, skip_none=False)
+        resolved = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))
+        # The options of this one command are not the run's: other commands read the file too.
+        shared = {name: resolved[name] for name in ("seed_everything", "model", "data", "trainer") if name in resolved}
+        trainer.resolved_config = yaml.safe_dump(shared, sort_keys=False)
         return trainer
 
     def before_test(self) -> None:
@@ -107,7 +119,7 @@ def main(args: list[str] | None = None) -> None:
         BackdoorCLI(
             BackdoorClassifier,
             LightningDataModule,
-            trainer_class=MultiPhaseTrainer,
+            trainer_class=CommandTrainer,
             subclass_mode_data=True,
             save_config_callback=None,
             seed_everything_default=0,

@@ -12,17 +12,23 @@ import yaml
 
 from lightning_bd.phase import Phase
 
-__all__ = ("ConfigError", "expand_configs", "find_config", "read_config", "shipped_configs")
+__all__ = ("ConfigError", "expand_configs", "find_config", "read_config", "read_mapping", "shipped_configs")
 
 
 class ConfigError(ValueError):
     """A config cannot be found or read."""
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Return the configs that come with the library, by name."""
+def shipped_configs(*, defenses: bool = False) -> dict[str, Path]:
+    """Return the configs that come with the library, by name.
+
+    Args:
+        defenses: Those of the defenses, which are phases, instead of the whole recipes.
+    """
     folder = Path(str(resources.files("lightning_bd.configs")))
-    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    if defenses:
+        folder /= "defense"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(name: str) -> Path:
@@ -54,6 +60,22 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If it is not YAML, not a mapping, or has a repeated or unknown key.
     """
+    config = read_mapping(path)
+    if config.get("trainer") is None:
+        config.pop("trainer", None)
+    _check_phases(config, path)
+    return config
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; a key that is given twice is an error.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: If it is not YAML, not a mapping, or has a repeated key.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.load(file, _UniqueKeyLoader)  # noqa: S506 (a subclass of SafeLoader)
@@ -61,9 +83,6 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the config {path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"The config {path} is not a mapping.")
-    if config.get("trainer") is None:
-        config.pop("trainer", None)
-    _check_phases(config, path)
     return config
 
 

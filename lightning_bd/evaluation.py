@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -12,12 +13,12 @@ from lightning_bd.checkpointing import RECORD_KEY
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.poisoning import Poison, PoisonManifest
 
-__all__ = ("use_manifest_of", "write_predictions")
+__all__ = ("evaluation_batches", "use_manifest_of", "write_predictions")
 
 
 def use_manifest_of(
     checkpoint: Mapping[str, Any], path: Path, datamodule: ImageDataModule, *, override: bool = False
-) -> None:
+) -> PoisonManifest | None:
     """Make a datamodule evaluate with the trigger that a checkpoint was trained with.
 
     A checkpoint without a manifest changes nothing.
@@ -27,6 +28,9 @@ def use_manifest_of(
         path: Where it came from, for messages.
         datamodule: The data; its poison is replaced.
         override: Keep the config's trigger where it differs.
+
+    Returns:
+        The checkpoint's manifest, if it has one.
 
     Raises:
         MisconfigurationException: If config and checkpoint name different triggers.
@@ -38,7 +42,7 @@ def use_manifest_of(
             f"{path}: expected the record with the poison manifest to be a mapping, but got {record!r:.80}."
         )
     if not record.get("manifest"):
-        return
+        return None
     manifest = PoisonManifest.from_plain(record["manifest"], record.get("tensors", {}))
     # Before anything is built for it: a shape in a hostile file may be of any size.
     if manifest.image_shape != datamodule.image_shape:
@@ -56,7 +60,7 @@ def use_manifest_of(
                 "trigger, or evaluate with the config's by `--override-trigger`."
             )
         if found:
-            return
+            return manifest
     known = type(datamodule.poison.trigger) if datamodule.poison is not None else None
     datamodule.replace_poison(
         Poison(
@@ -69,6 +73,34 @@ def use_manifest_of(
             seed=manifest.seed,
         )
     )
+    return manifest
+
+
+def evaluation_batches(
+    datamodule: ImageDataModule, device: torch.device | str, max_images: int
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Return finished test batches: ``clean`` and, where the attack is known, ``poisoned`` with the attacker's labels.
+
+    Args:
+        datamodule: The data; its batch size and its poison are used.
+        device: Where the batches are made.
+        max_images: At most so many images per set, spread evenly over it; positive.
+
+    Returns:
+        Set -> batches of images ``(B, C, H, W)`` in [0, 1] and labels ``(B,)``.
+
+    Raises:
+        ValueError: If ``max_images`` is not positive.
+    """
+    if max_images < 1:
+        raise ValueError(f"Expected argument `max_images` to be a positive integer, but got {max_images}.")
+    sets = {}
+    for name, loader in zip(("clean", "poisoned"), datamodule.test_dataloader(), strict=False):
+        count = min(max_images, len(loader.positions))
+        loader.positions = loader.positions[torch.linspace(0, len(loader.positions) - 1, count).round().long()]
+        batches = (datamodule.on_after_batch_transfer(raw.to(device), 0) for raw in loader)
+        sets[name] = [(batch[0], batch[1]) for batch in batches]
+    return sets
 
 
 def write_predictions(batches: Sequence[tuple[Tensor, ...]], path: Path) -> None:

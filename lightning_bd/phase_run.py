@@ -18,9 +18,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 
 from lightning_bd.batch import PoisonMode
-from lightning_bd.callbacks.defense import Defense
+from lightning_bd.callbacks.defense import Defense, NotApplicableError
 from lightning_bd.checkpointing import (
     RECORD_KEY,
     AtomicCheckpointIO,
@@ -31,6 +32,7 @@ from lightning_bd.checkpointing import (
 from lightning_bd.datamodules import ImageDataModule, PhaseData
 from lightning_bd.description import Description
 from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.manifest import PoisonManifest
 from lightning_bd.phase import INIT, Phase
 from lightning_bd.phase_callbacks import (
     ElapsedTime,
@@ -41,6 +43,7 @@ from lightning_bd.phase_callbacks import (
     TriggerPreview,
 )
 from lightning_bd.phase_logger import PhaseTensorBoardLogger
+from lightning_bd.phase_measurement import copy_state, distance, rating, success_interval, write_images, write_stages
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
 from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
@@ -60,6 +63,9 @@ class PhaseRun:
         processes: Number of processes.
         config: The resolved config as YAML, saved with the run and its checkpoints.
         checkpoint_interval: Least seconds between two checkpoints of a phase.
+        collects: Whether finished phases of earlier runs in the folder that are not among ``phases`` keep their rows.
+        origin: What else makes it the same run, such as the checkpoint that it starts from.
+        manifest: The attack's record, where it is not the datamodule's to tell.
         barrier: How processes that all started by themselves wait for the first; ``None`` if it starts the others.
 
     Raises:
@@ -77,6 +83,9 @@ class PhaseRun:
         processes: int = 1,
         config: str | None = None,
         checkpoint_interval: float = 0.0,
+        collects: bool = False,
+        origin: Mapping[str, Description] | None = None,
+        manifest: PoisonManifest | None = None,
         barrier: Callable[[], None] | None = None,
     ) -> None:
         self._phases = phases
@@ -87,12 +96,15 @@ class PhaseRun:
         self._processes = processes
         self._config = config
         self._checkpoint_interval = checkpoint_interval
+        self._origin = origin or {}
+        self._given_manifest = manifest
         self._barrier = barrier if barrier is not None else lambda: None
         if is_first_process():
             datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
         self._barrier()
         self._data = {name: _phase_data(phase, datamodule) for name, phase in phases.items()}
-        self.folder = RunFolder(Path(arguments.get("default_root_dir") or Path("runs") / "phases"), list(phases))
+        root = Path(arguments.get("default_root_dir") or Path("runs") / "phases")
+        self.folder = RunFolder(root, list(phases), collects=collects)
         for data in self._data.values():
             datamodule.set_phase(data)
         for name, phase in phases.items():
@@ -127,10 +139,10 @@ class PhaseRun:
             rank_zero_info(f"The old run was renamed to {old}.")
         phases = {name: self._describe_phase(phase) for name, phase in self._phases.items()}
         run = describe_run(self._model, self._datamodule, self._arguments, self._processes)
-        self.folder.open(run, phases)
+        self.folder.open({**run, **self._origin}, phases)
         if self._config is not None:
             write_text_atomically(self.folder.root / "config.yaml", self._config)
-        manifest = self._datamodule.manifest(tuple(self._data.values()))
+        manifest = self._manifest(tuple(self._data.values()))
         if manifest is not None:
             manifest.save(self.folder.root)
         if not self.folder.initial.is_file():
@@ -156,15 +168,26 @@ class PhaseRun:
         if is_first_process():
             self.folder.start_phase(name, self._describe_phase(phase))
         self._datamodule.set_phase(self._data[name], None if parent == INIT else self._data[parent])
-        parent_result = None if parent == INIT else self.folder.phase(parent).result()
-        first_step = 0 if parent_result is None else parent_result.steps
+        before = None if parent == INIT else self.folder.phase(parent).result()
+        if before is not None and not before.applied:
+            raise MisconfigurationException(
+                f"Phase `{name}` starts from `{parent}`, which left no model: {before.note}."
+            )
+        first_step = 0 if before is None else before.steps
         loggers = self._loggers(here.path, first_step)
+        start = self.folder.initial if parent == INIT else self.folder.phase(parent).final
+        self._load(start)
+        start_weights = copy_state(self._model)
         if here.final.is_file():
             record = self._load(here.final)
         else:
-            self._load(self.folder.initial if parent == INIT else self.folder.phase(parent).final)
             seed_globals(keyed_seed(self._datamodule.run_seed, name, "start"))
-            record = self._train(phase, here, loggers)
+            try:
+                record = self._train(phase, here, loggers, start_weights)
+            except NotApplicableError as error:
+                rank_zero_info(f"Phase `{name}` is not applicable: {error}")
+                self._finish_not_applicable(name, parent, first_step, str(error))
+                return
         last_step = first_step + record["steps"]
         for logger in loggers:
             if isinstance(logger, PhaseTensorBoardLogger):
@@ -173,31 +196,51 @@ class PhaseRun:
         with quiet(), expected_warnings():
             metrics = tester.test(self._model, datamodule=self._datamodule, verbose=False)[0]
         if is_first_process():
+            accuracy, success = metrics.get("test/clean_accuracy"), metrics.get("test/attack_success_rate")
+            low, high = success_interval(success, self._datamodule)
             here.finish(
                 PhaseResult(
                     phase=name,
                     start_from=parent,
-                    clean_accuracy=metrics.get("test/clean_accuracy"),
-                    attack_success_rate=metrics.get("test/attack_success_rate"),
+                    clean_accuracy=accuracy,
+                    attack_success_rate=success,
                     robust_accuracy=metrics.get("test/robust_accuracy"),
                     epochs=record["epochs"],
                     seconds=round(record["seconds"], 2),
                     steps=last_step,
                     note=record["note"],
                     values=record["values"],
+                    attack_success_low=low,
+                    attack_success_high=high,
+                    defense_effectiveness_rating=rating(before, accuracy, success) if phase.defends else None,
+                    distance=distance(self._model, start_weights),
                 )
             )
             self.folder.write_results()
         tester.strategy.barrier("phase finished")
 
-    def _train(self, phase: Phase, here: PhaseFolder, loggers: list[Logger]) -> dict[str, Any]:
+    def _finish_not_applicable(self, name: str, parent: str, steps: int, why: str) -> None:
+        """Give a phase whose defense cannot work here its row; it leaves no model."""
+        if is_first_process():
+            note = f"not applicable: {why}"
+            result = PhaseResult(name, parent, None, None, None, 0, 0.0, steps, note, applied=False)
+            self.folder.phase(name).finish(result)
+            self.folder.write_results()
+        self._barrier()
+
+    def _manifest(self, phases: tuple[PhaseData, ...]) -> PoisonManifest | None:
+        return self._given_manifest if self._given_manifest is not None else self._datamodule.manifest(phases)
+
+    def _train(
+        self, phase: Phase, here: PhaseFolder, loggers: list[Logger], start: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
         """Fit one phase and write its final checkpoint; return what the checkpoint says of the fit."""
         assert phase.name is not None
         data: LightningDataModule = self._datamodule
         if phase.defends:
             data = view = self._datamodule.defender_view(self._data[phase.name])
             view.epoch_limit = self._arguments.get("max_epochs")
-        manifest = self._datamodule.manifest(tuple(self._data[name] for name in self._lineage(phase.name)))
+        manifest = self._manifest(tuple(self._data[name] for name in self._lineage(phase.name)))
         elapsed, run_record = ElapsedTime(), RunRecord(phase.name, manifest, self._config)
         # A defense can reach its Trainer's callbacks: none of them may know the attack.
         carried = RunRecord(phase.name, None, None) if phase.defends else run_record
@@ -226,7 +269,8 @@ class PhaseRun:
             trainer.fit(self._model, datamodule=data, ckpt_path=here.last if resume else None, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt(f"Phase `{phase.name}` was interrupted; the same command continues it.")
-        reports = [c.report for c in callbacks if isinstance(c, Defense) and c.report is not None]
+        defenses = [c for c in callbacks if isinstance(c, Defense)]
+        reports = [defense.report for defense in defenses if defense.report is not None]
         record = {
             "epochs": trainer.current_epoch + sum(report.epochs for report in reports),
             "steps": trainer.global_step,
@@ -235,6 +279,9 @@ class PhaseRun:
             "values": {key: float(value) for report in reports for key, value in report.values.items()},
         }
         if trainer.is_global_zero:
+            for report in reports:
+                write_images(report.images, here.path / "images")
+            write_stages(defenses, self._model, start, self._datamodule, here.path)
             final = {
                 "state_dict": self._model.state_dict(),
                 "pytorch-lightning_version": lightning.__version__,

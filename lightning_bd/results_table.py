@@ -12,23 +12,49 @@ from lightning_bd.run_folder import PhaseResult
 __all__ = ("print_metrics", "print_results", "results_table")
 
 
-def results_table(results: Sequence[PhaseResult]) -> Table:
+def results_table(results: Sequence[PhaseResult], title: str = "Test set, after each phase") -> Table:
     """Lay out one row per phase: clean accuracy, ASR and robust accuracy in percent, epochs, seconds.
+
+    Where a phase defended, also the defense effectiveness rating, the ASR's 95 % interval and the distance moved.
 
     Args:
         results: The finished phases, in order.
+        title: Above the table.
     """
-    table = Table(title="Test set, after each phase")
-    for name in ("phase", "from"):
-        table.add_column(name)
-    for name in ("clean acc. %", "ASR %", "robust acc. %", "epochs", "seconds"):
+    defended = any(row.defense_effectiveness_rating is not None or not row.applied for row in results)
+    several = len({row.start_from for row in results}) > 2
+    table = Table(title=title)
+    table.add_column("phase")
+    if several or not defended:
+        table.add_column("from")
+    for name in ("clean acc. %", "ASR %", "robust acc. %"):
         table.add_column(name, justify="right")
-    table.add_column("note")
+    for name in ("DER %", "L2 moved") if defended else ():
+        table.add_column(name, justify="right")
+    for name in ("epochs", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("note", overflow="fold")
     for row in results:
-        rates = (row.clean_accuracy, row.attack_success_rate, row.robust_accuracy)
-        shown = ["unknown" if rate is None else f"{100 * rate:.1f}" for rate in rates]
-        table.add_row(row.phase, row.start_from, *shown, str(row.epochs), f"{row.seconds:.1f}", Text(row.note))
+        cells = [row.phase, *([row.start_from] if several or not defended else [])]
+        if row.applied:
+            success = _percent(row.attack_success_rate)
+            if defended and row.attack_success_low is not None:
+                success += f" ({_percent(row.attack_success_low)}-{_percent(row.attack_success_high)})"
+            cells += [_percent(row.clean_accuracy), success, _percent(row.robust_accuracy)]
+            if defended:
+                # The undefended model has no rating.
+                rated = row.defense_effectiveness_rating is not None or row.attack_success_rate is None
+                cells.append(_percent(row.defense_effectiveness_rating) if rated else "")
+                cells.append("unknown" if row.distance is None else f"{row.distance:.2f}")
+            cells += [str(row.epochs), f"{row.seconds:.1f}"]
+        else:
+            cells += [""] * (len(table.columns) - 1 - len(cells))
+        table.add_row(*cells, Text(row.note))
     return table
+
+
+def _percent(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{100 * rate:.1f}"
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
@@ -43,16 +69,17 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     Console().print(table)
 
 
-def print_results(results: Sequence[PhaseResult], folder: Path) -> None:
+def print_results(results: Sequence[PhaseResult], folder: Path, title: str = "Test set, after each phase") -> None:
     """Print the table and where the run is.
 
     Args:
         results: The finished phases, in order.
         folder: The run's folder.
+        title: Above the table.
     """
     console = Console()
     # A log file is not a narrow terminal: give the table the room it needs.
     if not console.is_terminal:
-        console = Console(width=120)
-    console.print(results_table(results))
+        console = Console(width=140)
+    console.print(results_table(results, title))
     console.print(f"Results, checkpoints and TensorBoard logs: {folder}", soft_wrap=True, markup=False)

@@ -1,8 +1,5 @@
 """What a run leaves on disk, and how the same command finds its place in it again."""
 
-import csv
-import glob
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +12,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bd.checkpointing import open_atomically
 from lightning_bd.description import Description, differences
+from lightning_bd.tables import write_rows
 
-__all__ = ("PhaseFolder", "PhaseResult", "RunFolder")
+__all__ = ("PhaseFolder", "PhaseResult", "RunFolder", "write_text_atomically")
+
+# Of results.csv.
+_COLUMNS = (
+    "phase", "start_from", "clean_accuracy", "attack_success_rate", "attack_success_low", "attack_success_high",
+    "robust_accuracy", "defense_effectiveness_rating", "distance", "epochs", "seconds", "steps", "note",
+)  # fmt: skip
 
 
 @dataclass
@@ -32,7 +36,13 @@ class PhaseResult:
         epochs: Epochs trained, those of a defense included.
         seconds: Time in training, all attempts together.
         steps: Optimizer steps from ``init`` to the end of this phase.
-        note: What a defense has to say.
+        note: What a defense has to say, or why it could not be applied.
+        values: Named numbers that a defense reports; not in ``results.csv``.
+        attack_success_low: Lower end of the attack success rate's 95 % Wilson interval.
+        attack_success_high: Upper end.
+        defense_effectiveness_rating: Of a defense, against the model that it started from, in [0, 1].
+        distance: L2 distance of the parameters from where the phase started.
+        applied: Whether the phase did its work; of a defense that could not be applied all rates are ``None``.
     """
 
     phase: str
@@ -45,6 +55,11 @@ class PhaseResult:
     steps: int
     note: str = ""
     values: dict[str, float] = field(default_factory=dict)
+    attack_success_low: float | None = None
+    attack_success_high: float | None = None
+    defense_effectiveness_rating: float | None = None
+    distance: float | None = None
+    applied: bool = True
 
 
 class PhaseFolder:
@@ -89,21 +104,29 @@ class RunFolder:
     Args:
         root: The folder; need not exist.
         phases: Names of the run's phases, in order.
+        collects: Whether finished phases of earlier runs that are not named now keep their rows.
     """
 
-    def __init__(self, root: Path, phases: Sequence[str]) -> None:
+    def __init__(self, root: Path, phases: Sequence[str], *, collects: bool = False) -> None:
         self.root = root
         self.initial = root / "init.ckpt"
         self._phases = list(phases)
+        self._collects = collects
 
     def phase(self, name: str) -> PhaseFolder:
         """Return the folder of a phase: ``NN_name``; the number is the phase's place when it first ran."""
-        existing = sorted(path for path in self.root.glob(f"[0-9][0-9]_{glob.escape(name)}") if path.is_dir())
-        return PhaseFolder(existing[0] if existing else self.root / f"{self._phases.index(name):02d}_{name}")
+        existing = [path for path in self._folders() if path.name[3:] == name]
+        if existing:
+            return PhaseFolder(existing[0])
+        number = self._phases.index(name)
+        if self._collects:
+            number = max([number - 1, *(int(path.name[:2]) for path in self._folders())]) + 1
+        return PhaseFolder(self.root / f"{number:02d}_{name}")
 
     def results(self) -> list[PhaseResult]:
-        """Return the results of the finished phases, in order."""
-        found = (self.phase(name).result() for name in self._phases)
+        """Return the results of the finished phases, in order; with ``collects`` in that of the folders."""
+        folders = map(PhaseFolder, self._folders()) if self._collects else map(self.phase, self._phases)
+        found = (folder.result() for folder in folders)
         return [result for result in found if result is not None]
 
     def open(self, run: Description, phases: Mapping[str, Description]) -> None:
@@ -161,14 +184,12 @@ class RunFolder:
         self.root.rename(target)
         return target
 
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self.root.glob("[0-9][0-9]_*") if path.is_dir())
+
     def write_results(self) -> None:
         """Write ``results.csv`` from the finished phases."""
-        columns = [name for name in PhaseResult.__dataclass_fields__ if name != "values"]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in self.results())
-        write_text_atomically(self.root / "results.csv", text.getvalue())
+        write_rows(self.root / "results.csv", _COLUMNS, [asdict(result) for result in self.results()])
 
 
 def write_text_atomically(path: Path, text: str) -> None:

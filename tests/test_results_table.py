@@ -27,6 +27,24 @@ def test_one_row_per_phase_in_percent(capsys: pytest.CaptureFixture[str]) -> Non
     assert cells(text, "defend-ft") == ["defend-ft", "inject", "50.0", "unknown", "unknown", "50", "0.0", "lr 0.01"]
 
 
+def test_defenses_are_rated_against_the_model_they_started_from(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        PhaseResult("none", "init", 0.9, 1.0, 0.0, 0, 0.0, 0, attack_success_low=0.98, attack_success_high=1.0),
+        PhaseResult(
+            "ft", "none", 0.89, 0.25, 0.7, 50, 9.0, 0, "lr 0.1", {}, 0.2, 0.3,
+            defense_effectiveness_rating=0.87, distance=1.234,
+        ),
+        PhaseResult("clp", "none", None, None, None, 0, 0.0, 0, "not applicable: no BatchNorm", applied=False),
+        PhaseResult("nad", "none", 0.89, None, None, 20, 1.0, 0, distance=0.5),
+    ]  # fmt: skip
+    Console(width=200).print(results_table(rows))
+    text = capsys.readouterr().out
+    assert cells(text, "none") == ["none", "90.0", "100.0 (98.0-100.0)", "0.0", "", "unknown", "0", "0.0", ""]
+    assert cells(text, "ft") == ["ft", "89.0", "25.0 (20.0-30.0)", "70.0", "87.0", "1.23", "50", "9.0", "lr 0.1"]
+    assert cells(text, "clp") == ["clp", "", "", "", "", "", "", "", "not applicable: no BatchNorm"]
+    assert cells(text, "nad") == ["nad", "89.0", "unknown", "unknown", "unknown", "0.50", "20", "1.0", ""]
+
+
 def test_a_file_gets_room_and_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("runs") / ("long_" * 40)
     print_results(ROWS, folder)

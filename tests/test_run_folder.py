@@ -89,16 +89,31 @@ def test_finishing_leaves_the_users_checkpoints(tmp_path: Path) -> None:
     assert [path.name for path in here.checkpoints.iterdir()] == ["best.ckpt"]
 
 
+def test_rows_of_earlier_runs_are_kept_where_the_folder_collects(tmp_path: Path) -> None:
+    finish(RunFolder(tmp_path, ["none", "ft"], collects=True), "none")
+    finish(RunFolder(tmp_path, ["none", "ft"], collects=True), "ft")
+    later = RunFolder(tmp_path, ["none", "anp", "nad"], collects=True)
+    assert [row.phase for row in later.results()] == ["none", "ft"]
+    # A new phase gets a number that no other has.
+    assert later.phase("anp").path.name == "02_anp"
+    finish(later, "anp")
+    assert later.phase("nad").path.name == "03_nad"
+    assert [row.phase for row in later.results()] == ["none", "ft", "anp"]
+    assert [row.phase for row in RunFolder(tmp_path, ["none", "anp"]).results()] == ["none", "anp"]
+
+
 def test_results_csv(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, PHASES)
-    finish(folder, "inject", note='lr 0.1, "odd"', values={"learning_rate": 0.1})
+    finish(folder, "inject", note='lr 0.1, "odd"', values={"learning_rate": 0.1}, distance=1.25)
     finish(folder, "consolidate", attack_success_rate=None, robust_accuracy=None)
     folder.write_results()
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[0] == {
         "phase": "inject", "start_from": "init", "clean_accuracy": "0.9", "attack_success_rate": "1.0",
-        "robust_accuracy": "0.0", "epochs": "2", "seconds": "1.5", "steps": "20", "note": 'lr 0.1, "odd"',
+        "attack_success_low": "", "attack_success_high": "", "robust_accuracy": "0.0",
+        "defense_effectiveness_rating": "", "distance": "1.25", "epochs": "2", "seconds": "1.5", "steps": "20",
+        "note": 'lr 0.1, "odd"',
     }  # fmt: skip
     assert (rows[1]["phase"], rows[1]["attack_success_rate"]) == ("consolidate", "")
     assert len(rows) == 2

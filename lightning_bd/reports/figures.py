@@ -1,4 +1,4 @@
-"""Figures of a run's results and of a study of learning rates."""
+"""Figures of a run's results, of the stages of a defense, and of a study of learning rates."""
 
 import csv
 import statistics
@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ("plot_learning_rates", "plot_results", "read_rows")
+__all__ = ("plot_learning_rates", "plot_results", "plot_stages", "read_rows")
 
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -95,6 +95,35 @@ def plot_learning_rates(study: Path, figure: Path, title: str = "") -> None:
         _percent_axis(axes, label)
     panels[0].legend(frameon=False, loc="lower left", fontsize=9)
     canvas.suptitle(f"{title} (mean and range of {seeds} seeds)".strip(), fontsize=10)
+    canvas.savefig(figure)
+
+
+def plot_stages(stages: Path, figure: Path, title: str = "") -> None:
+    """Draw clean accuracy and attack success along the stages of a defense, such as the share of pruned channels.
+
+    Args:
+        stages: CSV with columns ``axis`` (what the position is), ``position``, ``clean_accuracy``,
+            ``attack_success_rate``; the last is empty where the attack is not known.
+        figure: The PNG file to write.
+        title: Above the figure.
+    """
+    rows = read_rows(stages)
+    canvas = Figure(figsize=(5.2, 3.6), dpi=150, layout="constrained")
+    axes = canvas.add_subplot()
+    series = (
+        ("clean_accuracy", "clean accuracy", _BLUE, "o", "-"),
+        ("attack_success_rate", "attack success rate", _ORANGE, "s", "--"),
+    )
+    for column, label, color, marker, line in series:
+        known = [(float(row["position"]), 100 * float(row[column])) for row in rows if row[column]]
+        if known:
+            axes.plot(*zip(*known, strict=True), line, label=label, color=color, marker=marker, markersize=4)
+    axes.set_xlabel(rows[0]["axis"])
+    _percent_axis(axes, "test images (%)")
+    unknown = not any(row["attack_success_rate"] for row in rows)
+    axes.legend(loc="best", frameon=False, fontsize=8, title="attack unknown" if unknown else None)
+    if title:
+        canvas.suptitle(title, fontsize=10)
     canvas.savefig(figure)
 
 
