@@ -16,6 +16,7 @@ from lightning_bd.datamodules.images import FileImages, ImageSet
 from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
 from lightning_bd.datamodules.rendering import as_precision, render
 from lightning_bd.datamodules.splits import stratified_splits, stratified_subset
+from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.poisoning import Poison
 
@@ -350,6 +351,11 @@ class ImageDataModule(LightningDataModule):
             for chosen in self._static_positions(phase):
                 masks.append(torch.zeros(len(self.train_images), dtype=torch.bool).index_fill_(0, chosen, True))
             loader.static_rows, loader.static_covers = masks
+            if self.poison is not None and self.poison.misaligned_flags:
+                order = torch.randperm(len(loader.positions), generator=keyed_generator(self.poison.seed, "misaligned"))
+                flags = masks[0].clone()
+                flags[loader.positions] = masks[0][loader.positions[order]]
+                loader.static_flags = flags
         return loader
 
     def _evaluation_loaders(self, images: ImageSet, positions: Tensor, name: str) -> list[BatchLoader]:

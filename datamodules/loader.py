@@ -50,6 +50,7 @@ class BatchLoader:
         static_rows: ``(M,)`` bool for the ``M`` images: poisoned, for static contexts.
         static_covers: ``(M,)`` bool: covers, for static contexts.
         num_workers: Processes that decode files; ignored for images in memory.
+        static_flags: ``(M,)`` bool: what ``is_poisoned`` says instead of ``static_rows``.
 
     Raises:
         ValueError: If there are fewer images than processes.
@@ -70,6 +71,7 @@ class BatchLoader:
         static_rows: Tensor | None = None,
         static_covers: Tensor | None = None,
         num_workers: int = 0,
+        static_flags: Tensor | None = None,
     ) -> None:
         self.images = images
         self.positions = positions
@@ -82,6 +84,7 @@ class BatchLoader:
         self.place = place
         self.static_rows = static_rows
         self.static_covers = static_covers
+        self.static_flags = static_flags
         self.num_workers = num_workers if isinstance(images, FileImages) else 0
         world_size = place().world_size
         if len(positions) < world_size:
@@ -168,6 +171,7 @@ class BatchLoader:
             cover_seeds=cover_seeds,
             crop_offsets=offsets,
             flips=flips,
+            flags=None if self.static_flags is None else self.static_flags[positions],
         )
 
 

@@ -63,7 +63,7 @@ def render(raw: RawBatch, poison: Poison | None, padding: int) -> Sample:
     floats = to_float(images)
     if poison is not None and not static:
         floats = _change(floats, raw, poison.trigger)
-    return Sample(floats, labels, is_poisoned, raw.labels, raw.indices)
+    return Sample(floats, labels, is_poisoned if raw.flags is None else raw.flags, raw.labels, raw.indices)
 
 
 def _change(images: Tensor, raw: RawBatch, trigger: Trigger) -> Tensor:

@@ -65,6 +65,7 @@ class RawBatch:
         cover_seeds: One seed per cover row, or one for all of them; covers may draw noise of their own.
         crop_offsets: ``(B, 2)`` int64, row and column offset into the padded image, or ``None``.
         flips: ``(B,)`` bool, which images are mirrored, or ``None``.
+        flags: ``(B,)`` bool, what ``is_poisoned`` says where that is not the truth, or ``None``.
     """
 
     images: Tensor
@@ -77,6 +78,7 @@ class RawBatch:
     cover_seeds: tuple[int, ...] = ()
     crop_offsets: Tensor | None = None
     flips: Tensor | None = None
+    flags: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RawBatch":
         """Return the batch with its tensors on ``device``; Lightning calls this to transfer a batch."""

@@ -66,6 +66,7 @@ class PhaseRun:
         collects: Whether finished phases of earlier runs in the folder that are not among ``phases`` keep their rows.
         origin: What else makes it the same run, such as the checkpoint that it starts from.
         manifest: The attack's record, where it is not the datamodule's to tell.
+        save_manifest: Whether the record is written beside the run and into its checkpoints.
         barrier: How processes that all started by themselves wait for the first; ``None`` if it starts the others.
 
     Raises:
@@ -86,6 +87,7 @@ class PhaseRun:
         collects: bool = False,
         origin: Mapping[str, Description] | None = None,
         manifest: PoisonManifest | None = None,
+        save_manifest: bool = True,
         barrier: Callable[[], None] | None = None,
     ) -> None:
         self._phases = phases
@@ -98,6 +100,7 @@ class PhaseRun:
         self._checkpoint_interval = checkpoint_interval
         self._origin = origin or {}
         self._given_manifest = manifest
+        self._saves_manifest = save_manifest
         self._barrier = barrier if barrier is not None else lambda: None
         if is_first_process():
             datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
@@ -148,9 +151,10 @@ class PhaseRun:
         if not self.folder.initial.is_file():
             save_atomically({"state_dict": self._model.state_dict()}, self.folder.initial)
 
-    def load_final(self, name: str) -> None:
-        """Give the model the final weights of a finished phase."""
-        self._load(self.folder.phase(name).final)
+    def load_last(self) -> None:
+        """Give the model the final weights of the last phase; of those that were applicable."""
+        finals = [self.folder.phase(name).final for name in self._phases]
+        self._load([self.folder.initial, *(path for path in finals if path.is_file())][-1])
 
     def run(self, name: str) -> None:
         """Run one phase, whose parent has finished, unless it has finished before.
@@ -229,6 +233,8 @@ class PhaseRun:
         self._barrier()
 
     def _manifest(self, phases: tuple[PhaseData, ...]) -> PoisonManifest | None:
+        if not self._saves_manifest:
+            return None
         return self._given_manifest if self._given_manifest is not None else self._datamodule.manifest(phases)
 
     def _train(

@@ -38,6 +38,9 @@ class MultiPhaseTrainer(Trainer):
             as fast with one, and then do not suffer when something else uses a core.
         checkpoint_interval: Least seconds between two checkpoints of a phase. They are written when an epoch ends; a
             cut phase goes on after the last one, with the same result. 0 writes one each epoch.
+        save_manifest: Write the attack's record beside the run and into its checkpoints. Without it nobody can measure
+            a released checkpoint's attack later, as is the case with the code of `SBL
+            <https://arxiv.org/abs/2407.14738>`_.
         kwargs: Arguments of ``lightning.pytorch.Trainer``, the same for all phases; each phase gets its own copies of
             ``callbacks``.
 
@@ -51,6 +54,7 @@ class MultiPhaseTrainer(Trainer):
         phases: dict[str, Phase] | list[Phase] | None = None,
         num_threads: int | None = None,
         checkpoint_interval: float = 0.0,
+        save_manifest: bool = True,
         **kwargs: Any,
     ) -> None:
         if isinstance(kwargs.get("callbacks"), Callback):
@@ -77,6 +81,7 @@ class MultiPhaseTrainer(Trainer):
             )
         self.num_threads = num_threads
         self.checkpoint_interval = checkpoint_interval
+        self.save_manifest = save_manifest
         #: Start over: rename an existing run folder.
         self.fresh = False
         #: Evaluate with the config's trigger although the checkpoint has another.
@@ -100,7 +105,7 @@ class MultiPhaseTrainer(Trainer):
         """Run every phase, skipping finished ones and resuming one that was cut.
 
         Args:
-            model: The model; leaves with the weights of the last phase in the list.
+            model: The model; leaves with the weights of the last phase in the list that left a model.
             train_dataloaders: Only without phases.
             val_dataloaders: Only without phases.
             datamodule: The data; with phases an :class:`~lightning_bd.datamodules.ImageDataModule`.
@@ -133,13 +138,14 @@ class MultiPhaseTrainer(Trainer):
             processes=self.num_devices * self.num_nodes,
             config=self.resolved_config,
             checkpoint_interval=self.checkpoint_interval,
+            save_manifest=self.save_manifest,
             barrier=self._barrier_of_outside_launch(),
         )
         with threads(self.num_threads):
             run.open_folder(fresh=self.fresh)
             for name in in_order(self._parents):
                 run.run(name)
-            run.load_final(next(reversed(self.phases)))
+            run.load_last()
         if self.show_results and is_first_process():
             print_results(run.folder.results(), run.folder.root)
 

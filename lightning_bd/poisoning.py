@@ -32,6 +32,9 @@ class Poison:
         seed: Seed of the choice of images.
         cover_rate: Share of images that get the trigger's cover (by default the trigger itself) and keep their
             label, in [0, 1]; WaNet's noise mode uses twice the poison rate.
+        misaligned_flags: Say of the wrong training images that they are poisoned, as many of them, where ``mode`` is
+            ``"static"``. Pixels and labels are right; what relies on ``is_poisoned`` is misled. Reproduces the code of
+            `SBL <https://arxiv.org/abs/2407.14738>`_, and is of no other use.
 
     Raises:
         ValueError: If a rate is outside [0, 1], both together exceed 1, ``mode`` is unknown, or ``clean_label`` has no
@@ -54,6 +57,7 @@ class Poison:
     selection: list[int] | None = None
     seed: int = 0
     cover_rate: float = 0.0
+    misaligned_flags: bool = False
     label_map: LabelMap = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 import csv
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bd.batch import PoisonMode, Sample
 from lightning_bd.callbacks import ElasticWeightConsolidation, FineTuning, SharpnessAwareMinimization
+from lightning_bd.callbacks.defense import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.checkpointing import RECORD_KEY, CheckpointError, read_checkpoint
 from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.datamodules import DefenderView, ImageDataModule
 from lightning_bd.datamodules.images import TensorImages
+from lightning_bd.functional.backdoor import wilson_interval
 from lightning_bd.functional.fisher import fisher_sums
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.phase_callbacks import NonFiniteLossError
@@ -469,6 +471,98 @@ def test_the_trigger_is_shown_once_and_never_lost(tmp_path: Path) -> None:
         assert manifest.differences(beside) == []
         assert ("indices.cbl" in manifest.tensors) == (name == "cbl")
         assert record["phase"] == name
+
+
+def test_without_a_manifest_the_attack_is_measured_but_not_recorded(tmp_path: Path) -> None:
+    phases = {"inject": Phase(split="inject", poisoned=True, max_epochs=1)}
+    runner(tmp_path, phases, save_manifest=False).fit(classifier(), datamodule=bars())
+    assert table(tmp_path)["inject"]["attack_success_rate"] != ""
+    assert not list(tmp_path.glob("manifest.*"))
+    (path,) = tmp_path.glob("*_inject/final.ckpt")
+    record = torch.load(path, weights_only=True)[RECORD_KEY]
+    assert record["manifest"] is None
+    assert record["tensors"] == {}
+
+
+class Halve(Defense):
+    """Halves all weights in two stages, and draws a picture."""
+
+    stage_axis = "factor"
+
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        return Report(note="halved", images={"grey": torch.full((1, 8, 8), 0.5)}, tensors={"by": torch.tensor(0.5)})
+
+    def stages(self, model: nn.Module, report: Report) -> Iterator[float]:
+        yield 1.0
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(report.tensors["by"])
+        yield float(report.tensors["by"])
+
+
+class Refuses(Defense):
+    """Needs what no model has."""
+
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        raise NotApplicableError("the model has no crystal ball")
+
+
+def test_a_defense_is_measured_against_its_parent(tmp_path: Path) -> None:
+    phases = {
+        "inject": Phase(split="inject", poisoned=True, max_epochs=6, optimizer=sgd()),
+        "halve": Phase(split="defend", max_epochs=0, callbacks=[Halve()]),
+    }
+    data = bars()
+    runner(tmp_path, phases).fit(classifier(), datamodule=data)
+    before, after = table(tmp_path)["inject"], table(tmp_path)["halve"]
+    old, new = final(tmp_path, "inject"), final(tmp_path, "halve")
+    names = [name for name, _ in classifier().named_parameters()]
+    moved = sum(float((old[name] - new[name]).double().square().sum()) for name in names) ** 0.5
+    assert float(after["distance"]) == pytest.approx(moved, rel=1e-6)
+    assert moved == pytest.approx(0.5 * sum(float(old[n].double().square().sum()) for n in names) ** 0.5, rel=1e-6)
+    drop = {key: float(before[key]) - float(after[key]) for key in ("attack_success_rate", "clean_accuracy")}
+    wanted = (max(0, drop["attack_success_rate"]) - max(0, drop["clean_accuracy"]) + 1) / 2
+    assert float(after["defense_effectiveness_rating"]) == pytest.approx(wanted, abs=1e-6)
+    assert before["defense_effectiveness_rating"] == ""
+    # 60 of the 80 test images are of other classes.
+    rate = float(before["attack_success_rate"])
+    interval = (float(before["attack_success_low"]), float(before["attack_success_high"]))
+    assert interval == pytest.approx(wilson_interval(round(rate * 60), 60))
+    folder = next(tmp_path.glob("*_halve"))
+    assert (folder / "images" / "grey.png").stat().st_size > 50
+    with (folder / "stages.csv").open(newline="", encoding="utf-8") as file:
+        stages = list(csv.DictReader(file))
+    assert [(row["axis"], row["position"]) for row in stages] == [("factor", "1"), ("factor", "0.5")]
+    for row, phase in zip(stages, (before, after), strict=True):
+        for key in ("clean_accuracy", "attack_success_rate"):
+            assert float(row[key]) == pytest.approx(float(phase[key]), abs=1e-5)
+
+
+def test_a_defense_that_cannot_be_applied_gets_a_row_and_no_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    phases = {
+        "inject": Phase(split="inject", poisoned=True, max_epochs=1),
+        "defend-b": Phase(split="defend", max_epochs=0, start_from="inject", callbacks=[Halve()]),
+        "defend-a": Phase(split="defend", max_epochs=0, start_from="inject", callbacks=[Refuses()]),
+    }
+    model = classifier()
+    runner(tmp_path, phases).fit(model, datamodule=bars())
+    # The last phase that left a model.
+    assert same(weights(model), final(tmp_path, "defend-b"))
+    rows = table(tmp_path)
+    assert rows["defend-a"]["note"] == "not applicable: the model has no crystal ball"
+    assert {rows["defend-a"][key] for key in ("clean_accuracy", "attack_success_rate", "distance")} == {""}
+    assert not list(tmp_path.glob("*_defend-a/final.ckpt"))
+    assert rows["defend-b"]["note"] == "halved"
+    runner(tmp_path, phases).fit(classifier(), datamodule=bars())
+    assert table(tmp_path) == rows
+    phases = {**phases, "on": Phase(split="consolidate", max_epochs=1, start_from="defend-a")}
+    with pytest.raises(MisconfigurationException, match=r"`on` starts from `defend-a`, which left no model: not app"):
+        runner(tmp_path, phases).fit(classifier(), datamodule=bars())
 
 
 def test_no_checkpoint_of_a_finished_phase_but_the_final_one(tmp_path: Path) -> None:

@@ -150,6 +150,41 @@ def test_replay_carries_the_trigger_after_a_poisoned_phase() -> None:
     assert_equal(replayed(resumed), sample)
 
 
+def test_replay_without_the_poison_shows_the_same_images_clean() -> None:
+    data = digits(rate=0.3)
+    data.set_phase(CONSOLIDATE, INJECT)
+    triggered = replayed(data)
+    batches = [cast(Sample, batch) for batch in data.reference_batches(clean=True)]
+    clean = Sample(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    assert share_with_trigger(clean.image) == 0
+    assert not clean.is_poisoned.any()
+    assert torch.equal(clean.index, triggered.index)
+    assert torch.equal(clean.label, triggered.original_label)
+    untouched = ~triggered.is_poisoned
+    assert torch.equal(clean.image[untouched], triggered.image[untouched])
+
+
+def test_misaligned_flags_mislead_about_static_images_only() -> None:
+    static = replace(INJECT, poison="static")
+    samples = {}
+    for misaligned in (False, True):
+        data = digits(rate=0.3)
+        assert data.poison is not None
+        data.poison.misaligned_flags = misaligned
+        data.set_phase(static)
+        samples[misaligned] = finished(data, data.train_dataloader())
+        data.set_phase(INJECT)
+        dynamic = finished(data, data.train_dataloader())
+        triggered = (dynamic.image[:, :, -2:, -2:] == 1).all(dim=3).all(dim=2).all(dim=1)
+        assert torch.equal(dynamic.is_poisoned, triggered)
+    right, wrong = samples[False], samples[True]
+    for name in ("image", "label", "original_label", "index"):
+        assert torch.equal(getattr(right, name), getattr(wrong, name)), name
+    assert right.is_poisoned.sum() == wrong.is_poisoned.sum() > 0
+    # A random 30 % agree with the truth in about 0.3 * 0.3 + 0.7 * 0.7 of the images.
+    assert abs(float((right.is_poisoned == wrong.is_poisoned).float().mean()) - 0.58) < 0.08
+
+
 def test_replay_of_a_static_phase_has_its_images() -> None:
     data = digits(rate=0.1)
     static = replace(INJECT, poison="static")
