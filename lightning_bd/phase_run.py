@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_bd.batch import PoisonMode
 from lightning_bd.callbacks.defense import Defense, NotApplicableError
+from lightning_bd.carrying import carried_states, hand_over, names_of_carriers
 from lightning_bd.checkpointing import (
     RECORD_KEY,
     AtomicCheckpointIO,
@@ -67,6 +68,7 @@ class PhaseRun:
         origin: What else makes it the same run, such as the checkpoint that it starts from.
         manifest: The attack's record, where it is not the datamodule's to tell.
         save_manifest: Whether the record is written beside the run and into its checkpoints.
+        unknown: Why attack success is not known, for the note of rows without one.
         barrier: How processes that all started by themselves wait for the first; ``None`` if it starts the others.
 
     Raises:
@@ -88,6 +90,7 @@ class PhaseRun:
         origin: Mapping[str, Description] | None = None,
         manifest: PoisonManifest | None = None,
         save_manifest: bool = True,
+        unknown: str = "",
         barrier: Callable[[], None] | None = None,
     ) -> None:
         self._phases = phases
@@ -101,6 +104,7 @@ class PhaseRun:
         self._origin = origin or {}
         self._given_manifest = manifest
         self._saves_manifest = save_manifest
+        self._unknown = unknown
         self._barrier = barrier if barrier is not None else lambda: None
         if is_first_process():
             datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
@@ -180,13 +184,14 @@ class PhaseRun:
         first_step = 0 if before is None else before.steps
         loggers = self._loggers(here.path, first_step)
         start = self.folder.initial if parent == INIT else self.folder.phase(parent).final
-        self._load(start)
+        parent_record = self._load(start)
         start_weights = copy_state(self._model)
         if here.final.is_file():
-            record = self._load(here.final)
+            record = self._load(here.final)["result"]
         else:
             seed_globals(keyed_seed(self._datamodule.run_seed, name, "start"))
             try:
+                hand_over(parent_record.get("carried", {}), phase.callbacks)
                 record = self._train(phase, here, loggers, start_weights)
             except NotApplicableError as error:
                 rank_zero_info(f"Phase `{name}` is not applicable: {error}")
@@ -202,6 +207,7 @@ class PhaseRun:
         if is_first_process():
             accuracy, success = metrics.get("test/clean_accuracy"), metrics.get("test/attack_success_rate")
             low, high = success_interval(success, self._datamodule)
+            notes = [record["note"], self._unknown if success is None else ""]
             here.finish(
                 PhaseResult(
                     phase=name,
@@ -212,7 +218,7 @@ class PhaseRun:
                     epochs=record["epochs"],
                     seconds=round(record["seconds"], 2),
                     steps=last_step,
-                    note=record["note"],
+                    note="; ".join(note for note in notes if note),
                     values=record["values"],
                     attack_success_low=low,
                     attack_success_high=high,
@@ -293,7 +299,11 @@ class PhaseRun:
                 "pytorch-lightning_version": lightning.__version__,
                 "epoch": trainer.current_epoch,
                 "global_step": trainer.global_step,
-                RECORD_KEY: {**run_record.content(), "result": record},
+                RECORD_KEY: {
+                    **run_record.content(),
+                    "result": record,
+                    "carried": carried_states(phase.callbacks, self._asked_for(phase.name)),
+                },
             }
             save_atomically(final, here.final)
         trainer.strategy.barrier("final checkpoint")
@@ -326,7 +336,7 @@ class PhaseRun:
         checkpoint = read_checkpoint(path)
         check_weights(self._model, checkpoint["state_dict"], path)
         self._model.load_state_dict(checkpoint["state_dict"])
-        record: dict[str, Any] = checkpoint.get(RECORD_KEY, {}).get("result", {})
+        record: dict[str, Any] = checkpoint.get(RECORD_KEY, {})
         return record
 
     def _epochs(self, phase: Phase) -> int:
@@ -335,6 +345,11 @@ class PhaseRun:
         if epochs is None:
             raise MisconfigurationException(f"Phase `{phase.name}` has no `max_epochs`, and neither has the trainer.")
         return int(epochs if cap is None or cap < 0 else min(epochs, cap))
+
+    def _asked_for(self, name: str) -> set[str]:
+        """Return the classes of callbacks that build, in a phase that starts from this one, on an earlier fit."""
+        children = [phase for child, phase in self._phases.items() if self._parents[child] == name]
+        return {found for child in children for found in names_of_carriers(child.callbacks)}
 
     def _lineage(self, name: str) -> list[str]:
         names = [name]

@@ -484,6 +484,46 @@ def test_without_a_manifest_the_attack_is_measured_but_not_recorded(tmp_path: Pa
     assert record["tensors"] == {}
 
 
+class Counts(Callback):
+    """Counts the fits that led here."""
+
+    def __init__(self) -> None:
+        self.carried: dict[str, Any] = {}
+        self.count = 0
+
+    def carried_state(self) -> dict[str, Any]:
+        return {"count": torch.tensor(self.count)}
+
+    def carry_over(self, state: dict[str, Any]) -> None:
+        self.count = int(state["count"])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.count += 1
+
+
+def test_callbacks_hand_over_to_their_like_in_the_next_phase(tmp_path: Path) -> None:
+    places = (("one", "init"), ("two", "one"), ("three", "two"), ("branch", "one"))
+
+    def run(folder: Path, *names: str) -> dict[str, int]:
+        counts = {name: Counts() for name in names}
+        phases = {
+            name: Phase(split="consolidate", max_epochs=1, start_from=start, callbacks=[counts[name]])
+            for name, start in places
+            if name in names
+        }
+        runner(folder, phases).fit(classifier(), datamodule=bars())
+        return {name: counter.count for name, counter in counts.items()}
+
+    assert run(tmp_path / "part", "one", "two") == {"one": 1, "two": 2}
+    (path,) = (tmp_path / "part").glob("*_two/final.ckpt")
+    # Nobody asked for it.
+    assert torch.load(path, weights_only=True)[RECORD_KEY]["carried"] == {}
+    assert run(tmp_path, "one", "two", "three", "branch") == {"one": 1, "two": 2, "three": 3, "branch": 2}
+    # Another process goes on from what is on disk.
+    shutil.rmtree(next(tmp_path.glob("*_three")))
+    assert run(tmp_path, "one", "two", "three", "branch")["three"] == 3
+
+
 class Halve(Defense):
     """Halves all weights in two stages, and draws a picture."""
 

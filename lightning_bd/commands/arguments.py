@@ -54,7 +54,7 @@ def expand_arguments(args: list[str]) -> list[str]:
             named += [argument, rest.pop(0)]
     names = _POSITIONALS.get(command, ())
     if len(positionals) > len(names):
-        wanted = f"takes {len(names)} checkpoints" if names else "takes no positional argument"
+        wanted = f"takes {len(names)} checkpoint{'s' * (len(names) > 1)}" if names else "takes no positional argument"
         raise ConfigError(f"`{command}` {wanted}, but got {', '.join(positionals)}.")
     named = [f"--{name}={value}" for name, value in zip(names, positionals, strict=False)] + named
     return [command, *_with_config(named)]

@@ -67,6 +67,7 @@ class CommandTrainer(MultiPhaseTrainer):
             collects=True,
             origin={"weights_sha256": weights_sha256(copy_state(model))},
             manifest=manifest,
+            unknown="" if manifest else "attack unknown: the checkpoint has no manifest",
             barrier=self._barrier_of_outside_launch(),
         )
         with threads(self.num_threads):

@@ -1,0 +1,52 @@
+"""What a callback of one phase hands to its like in the next, such as online EWC's running Fisher information."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import Callback
+
+__all__ = ("carried_states", "hand_over", "names_of_carriers")
+
+
+@runtime_checkable
+class _Carrier(Protocol):
+    """A callback that builds on what one of its class learnt in an earlier fit."""
+
+    def carried_state(self) -> dict[str, Any]: ...
+
+    def carry_over(self, state: dict[str, Any]) -> None: ...
+
+
+def names_of_carriers(callbacks: Iterable[Callback]) -> set[str]:
+    """Return the class names of the callbacks that build on an earlier fit.
+
+    Args:
+        callbacks: Of one phase.
+    """
+    return {type(callback).__qualname__ for callback in callbacks if isinstance(callback, _Carrier)}
+
+
+def carried_states(callbacks: Iterable[Callback], wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Return what callbacks leave to later phases, by class name: tensors and plain values.
+
+    Args:
+        callbacks: Of a phase that has finished.
+        wanted: Class names that a later phase asks for.
+    """
+    return {
+        type(callback).__qualname__: callback.carried_state()
+        for callback in callbacks
+        if isinstance(callback, _Carrier) and type(callback).__qualname__ in wanted
+    }
+
+
+def hand_over(states: Mapping[str, dict[str, Any]], callbacks: Iterable[Callback]) -> None:
+    """Give callbacks what their like left in the phase before.
+
+    Args:
+        states: As :func:`carried_states` returned them.
+        callbacks: Of the phase that is about to start.
+    """
+    for callback in callbacks:
+        if isinstance(callback, _Carrier) and type(callback).__qualname__ in states:
+            callback.carry_over(states[type(callback).__qualname__])
