@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_bd.callbacks.isolation import IsolatedPass, RandomState
 
-__all__ = ("StepReplay", "check_replayable")
+__all__ = ("ReplayListener", "StepReplay", "check_replayable")
 
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 _DERIVED_BUT_DIFFERENT = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
@@ -54,6 +54,14 @@ def check_replayable(trainer: Trainer, pl_module: LightningModule, name: str) ->
             f"`{name}` cannot be used with LBFGS, which calls the closure many times per step and needs loss and"
             " gradient at the same weights. Use another optimizer, for example SGD or AdamW."
         )
+
+
+@runtime_checkable
+class ReplayListener(Protocol):
+    """A callback of the trainer that is told which batch runs again; no other hook of a replay names it."""
+
+    def on_replay_batch_start(self, batch: object) -> None:
+        """Take notice of the batch, just before its ``training_step``."""
 
 
 class StepReplay:
@@ -133,10 +141,14 @@ class StepReplay:
             RuntimeError: If that happens in distributed training, where the other processes would wait forever.
         """
         trainer, strategy = self._trainer, self._trainer.strategy
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        listeners = [callback for callback in callbacks if isinstance(callback, ReplayListener)]
         self.running = True
         try:
             with self._isolated, torch.enable_grad():
                 for position, batch in enumerate(self._window, start=1):
+                    for listener in listeners:
+                        listener.on_replay_batch_start(batch.args[0])
                     batch.random_state.restore()
                     with self._reduction(position == len(self._window)):
                         output = strategy.training_step(*batch.args, **batch.kwargs)

@@ -26,18 +26,18 @@ def names_of_carriers(callbacks: Iterable[Callback]) -> set[str]:
     return {type(callback).__qualname__ for callback in callbacks if isinstance(callback, _Carrier)}
 
 
-def carried_states(callbacks: Iterable[Callback], wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Return what callbacks leave to later phases, by class name: tensors and plain values.
+def carried_states(
+    callbacks: Iterable[Callback], wanted: set[str], inherited: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return what a phase leaves to later ones, by class name of the callback: tensors and plain values.
 
     Args:
         callbacks: Of a phase that has finished.
         wanted: Class names that a later phase asks for.
+        inherited: What the phase before left; what has no like in this phase passes through.
     """
-    return {
-        type(callback).__qualname__: callback.carried_state()
-        for callback in callbacks
-        if isinstance(callback, _Carrier) and type(callback).__qualname__ in wanted
-    }
+    own = {type(c).__qualname__: c.carried_state() for c in callbacks if isinstance(c, _Carrier)}
+    return {name: state for name, state in {**inherited, **own}.items() if name in wanted}
 
 
 def hand_over(states: Mapping[str, dict[str, Any]], callbacks: Iterable[Callback]) -> None:

@@ -191,8 +191,9 @@ class PhaseRun:
         else:
             seed_globals(keyed_seed(self._datamodule.run_seed, name, "start"))
             try:
-                hand_over(parent_record.get("carried", {}), phase.callbacks)
-                record = self._train(phase, here, loggers, start_weights)
+                inherited = parent_record.get("carried", {})
+                hand_over(inherited, phase.callbacks)
+                record = self._train(phase, here, loggers, start_weights, inherited)
             except NotApplicableError as error:
                 rank_zero_info(f"Phase `{name}` is not applicable: {error}")
                 self._finish_not_applicable(name, parent, first_step, str(error))
@@ -244,7 +245,12 @@ class PhaseRun:
         return self._given_manifest if self._given_manifest is not None else self._datamodule.manifest(phases)
 
     def _train(
-        self, phase: Phase, here: PhaseFolder, loggers: list[Logger], start: Mapping[str, Tensor]
+        self,
+        phase: Phase,
+        here: PhaseFolder,
+        loggers: list[Logger],
+        start: Mapping[str, Tensor],
+        inherited: Mapping[str, dict[str, Any]],
     ) -> dict[str, Any]:
         """Fit one phase and write its final checkpoint; return what the checkpoint says of the fit."""
         assert phase.name is not None
@@ -302,7 +308,7 @@ class PhaseRun:
                 RECORD_KEY: {
                     **run_record.content(),
                     "result": record,
-                    "carried": carried_states(phase.callbacks, self._asked_for(phase.name)),
+                    "carried": carried_states(phase.callbacks, self._asked_for(phase.name), inherited),
                 },
             }
             save_atomically(final, here.final)
@@ -347,9 +353,9 @@ class PhaseRun:
         return int(epochs if cap is None or cap < 0 else min(epochs, cap))
 
     def _asked_for(self, name: str) -> set[str]:
-        """Return the classes of callbacks that build, in a phase that starts from this one, on an earlier fit."""
-        children = [phase for child, phase in self._phases.items() if self._parents[child] == name]
-        return {found for child in children for found in names_of_carriers(child.callbacks)}
+        """Return the classes of callbacks that build on an earlier fit, in the phases that descend from this one."""
+        later = [phase for other, phase in self._phases.items() if name in self._lineage(other)[:-1]]
+        return {found for phase in later for found in names_of_carriers(phase.callbacks)}
 
     def _lineage(self, name: str) -> list[str]:
         names = [name]

@@ -502,26 +502,32 @@ class Counts(Callback):
 
 
 def test_callbacks_hand_over_to_their_like_in_the_next_phase(tmp_path: Path) -> None:
-    places = (("one", "init"), ("two", "one"), ("three", "two"), ("branch", "one"))
+    places = (("one", "init"), ("without", "one"), ("two", "without"), ("three", "two"), ("branch", "one"))
 
     def run(folder: Path, *names: str) -> dict[str, int]:
-        counts = {name: Counts() for name in names}
+        counts = {name: Counts() for name in names if name != "without"}
         phases = {
-            name: Phase(split="consolidate", max_epochs=1, start_from=start, callbacks=[counts[name]])
+            name: Phase(
+                split="consolidate",
+                max_epochs=1,
+                start_from=start,
+                callbacks=[counts[name]] if name in counts else [],
+            )
             for name, start in places
             if name in names
         }
         runner(folder, phases).fit(classifier(), datamodule=bars())
         return {name: counter.count for name, counter in counts.items()}
 
-    assert run(tmp_path / "part", "one", "two") == {"one": 1, "two": 2}
+    assert run(tmp_path / "part", "one", "without", "two") == {"one": 1, "two": 2}
     (path,) = (tmp_path / "part").glob("*_two/final.ckpt")
     # Nobody asked for it.
     assert torch.load(path, weights_only=True)[RECORD_KEY]["carried"] == {}
-    assert run(tmp_path, "one", "two", "three", "branch") == {"one": 1, "two": 2, "three": 3, "branch": 2}
+    names = ("one", "without", "two", "three", "branch")
+    assert run(tmp_path, *names) == {"one": 1, "two": 2, "three": 3, "branch": 2}
     # Another process goes on from what is on disk.
     shutil.rmtree(next(tmp_path.glob("*_three")))
-    assert run(tmp_path, "one", "two", "three", "branch")["three"] == 3
+    assert run(tmp_path, *names)["three"] == 3
 
 
 class Halve(Defense):

@@ -37,6 +37,7 @@ class QuadraticPenalty:
     ) -> None:
         parameters = dict(model.named_parameters())
         kept = [name for name, tensor in importance.items() if strength > 0 and tensor.any()]
+        self._names = kept
         self._parameters: list[Tensor] = [parameters[name] for name in kept]
         self._anchors = [anchor[name].to(parameters[name]) for name in kept]
         # The product is formed in the precision of F, whose entries may be too small for that of the weights.
@@ -73,6 +74,20 @@ class QuadraticPenalty:
             torch._foreach_mul_(distances, loss_scale)
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_addcmul_(gradients, distances, curvatures, value=scale)
+
+    @torch.no_grad()
+    def gradient(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """Return the gradient of ``scale`` times the penalty at the present weights, by parameter name.
+
+        Args:
+            scale: Any factor.
+        """
+        if not self._parameters:
+            return {}
+        gradients = list(torch._foreach_sub(self._parameters, self._anchors))
+        torch._foreach_mul_(gradients, self._curvatures)
+        torch._foreach_mul_(gradients, scale)
+        return dict(zip(self._names, gradients, strict=True))
 
     @torch.no_grad()
     def value(self) -> Tensor:

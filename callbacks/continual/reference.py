@@ -17,7 +17,9 @@ ReferenceKind = Literal["as_trained", "clean"]
 def check_reference(reference: str) -> None:
     """Raise ``ValueError`` if ``reference`` is not a :data:`ReferenceKind`."""
     if reference not in get_args(ReferenceKind):
-        raise ValueError(f"Expected argument `reference` to be one of {get_args(ReferenceKind)}, but got {reference!r}.")
+        raise ValueError(
+            f"Expected argument `reference` to be one of {get_args(ReferenceKind)}, but got {reference!r}."
+        )
 
 
 def reference_batches(

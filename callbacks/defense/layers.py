@@ -20,7 +20,7 @@ def captured_outputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the output tensors of modules, in the order in which they are computed, with their graphs.
 
     Args:
-        modules: The modules to listen to; outputs that are no tensor are left out.
+        modules: The modules to listen to; outputs that are no tensor are left out. Compiled ones run as written.
 
     Example:
         >>> layer = nn.Linear(2, 3)
@@ -31,13 +31,15 @@ def captured_outputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
     """
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: object, output: object) -> None:
+    def keep(_module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
             outputs.append(output)
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
-        yield outputs
+        # A compiled module would not call the hooks of its parts.
+        with torch.compiler.set_stance("force_eager"):
+            yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -64,12 +66,12 @@ def executed_modules(
     for name, module in model.named_modules():
         if isinstance(module, kind):
 
-            def note(module: _Module, inputs: object, name: str = name) -> None:
+            def note(module: _Module, _inputs: object, name: str = name) -> None:
                 found.setdefault(name, module)
 
             handles.append(module.register_forward_pre_hook(note))
     try:
-        with mode(model, training=False):
+        with mode(model, training=False), torch.compiler.set_stance("force_eager"):
             model(images)
     finally:
         for handle in handles:
@@ -97,7 +99,7 @@ def normalized_convolutions(model: nn.Module, images: Tensor) -> dict[str, tuple
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
 
-            def note(module: nn.Conv2d, inputs: object, output: Tensor, name: str = name) -> None:
+            def note(module: nn.Conv2d, _inputs: object, output: Tensor, name: str = name) -> None:
                 # The tensor is kept too: its id must not be given to another.
                 made[id(output)] = (name, module, output)
 
@@ -111,7 +113,7 @@ def normalized_convolutions(model: nn.Module, images: Tensor) -> dict[str, tuple
 
             handles.append(module.register_forward_pre_hook(match))
     try:
-        with mode(model, training=False):
+        with mode(model, training=False), torch.compiler.set_stance("force_eager"):
             model(images)
     finally:
         for handle in handles:

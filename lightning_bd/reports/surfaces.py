@@ -359,7 +359,7 @@ def _point(axes: Axes, place: int, value: float, filled: bool, side: Literal["ce
         face = color if filled else "white"
         axes.plot(place, value, _MARKERS[place % len(_MARKERS)], color=color, mfc=face, markersize=9, zorder=3)
         axes.annotate(f"{value:#.3g}", (place, value), (9, 0), textcoords="offset points", va=side, fontsize=9)
-    else:
+    elif side != "top":  # the one at the weights has a second one above it
         text, height = ("no value", 0.02) if math.isnan(value) else ("infinite", 0.94)
         axes.text(place, height, text, transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
 
@@ -372,7 +372,7 @@ def _scale_points(axes: Axes, values: Values) -> None:
         axes.set_yscale("log")
         axes.set_ylim(values.min() / room, values.max() * room)
     else:
-        low, high = min(0.0, *values), max(0.0, *values)
+        low, high = values.min(initial=0.0), values.max(initial=0.0)
         span = high - low or 1.0
         axes.set_ylim(low - 0.08 * span, high + 0.15 * span)
         axes.axhline(0, color="0.5", linewidth=0.8, zorder=1)

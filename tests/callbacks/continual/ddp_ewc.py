@@ -1,4 +1,4 @@
-"""Two processes train with EWC under DDP; the first writes the results. Run by the test beside it."""
+"""Two processes train with EWC, MAS and SI under DDP; the first writes the results. Run by the test beside it."""
 
 import sys
 from collections.abc import Iterator
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bd.callbacks import ElasticWeightConsolidation
+from lightning_bd.callbacks.continual.memory_aware_synapses import MemoryAwareSynapses
+from lightning_bd.callbacks.continual.quadratic_regularizer import QuadraticRegularizer
+from lightning_bd.callbacks.continual.synaptic_intelligence import SynapticIntelligence
 
 CASES: dict[str, tuple[int, int | None, dict[str, Any]]] = {
     "plain": (1, None, {}),
@@ -20,6 +23,8 @@ CASES: dict[str, tuple[int, int | None, dict[str, Any]]] = {
     "unused parameters": (2, None, {"find_unused_parameters": True}),
 }
 STRENGTH = 5.0
+#: Strength; the seeds of the tasks' data, one fit each.
+OTHERS: dict[str, tuple[float, tuple[int, ...]]] = {"mas": (0.1, (1,)), "si": (2.0, (1, 3))}
 
 
 class Module(LightningModule):
@@ -47,16 +52,30 @@ def make_batches(seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class Data(LightningDataModule):
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        self.seed = seed
+
     def shard(self, seed: int) -> list[tuple[Tensor, Tensor]]:
         assert self.trainer is not None
         return make_batches(seed)[self.trainer.global_rank :: 2]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        images, labels = zip(*self.shard(1), strict=True)
+        images, labels = zip(*self.shard(self.seed), strict=True)
         return DataLoader(TensorDataset(torch.cat(images), torch.cat(labels)), batch_size=4)
 
     def reference_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         yield from self.shard(2)
+
+
+def fit(callback: QuadraticRegularizer, module: Module, seed: int = 1, accumulate: int = 1, **options: Any) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo", **options), max_epochs=1,
+        accumulate_grad_batches=accumulate, callbacks=[callback], use_distributed_sampler=False, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Data(seed))
+    return trainer
 
 
 def main(folder: Path) -> None:
@@ -64,12 +83,7 @@ def main(folder: Path) -> None:
     for name, (accumulate, num_samples, options) in CASES.items():
         callback = ElasticWeightConsolidation(strength=STRENGTH, num_samples=num_samples)
         module = Module()
-        trainer = Trainer(
-            accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo", **options), max_epochs=1,
-            accumulate_grad_batches=accumulate, callbacks=[callback], use_distributed_sampler=False, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        )  # fmt: skip
-        trainer.fit(module, datamodule=Data())
+        trainer = fit(callback, module, accumulate=accumulate, **options)
         fisher = callback.state_dict()["fisher"]
         vector = torch.cat([tensor.detach().flatten() for tensor in [*module.net.parameters(), *fisher.values()]])
         everywhere = trainer.strategy.all_gather(vector)
@@ -79,6 +93,20 @@ def main(folder: Path) -> None:
             "fisher": fisher,
             "apart": (everywhere[0] - everywhere[1]).abs().max(),
             "penalty": trainer.callback_metrics["ewc/penalty"],
+        }
+    for name, (strength, seeds) in OTHERS.items():
+        other = MemoryAwareSynapses(strength) if name == "mas" else SynapticIntelligence(strength)
+        module = Module()
+        for seed in seeds:
+            trainer = fit(other, module, seed, accumulate=2)
+        carried = other.carried_state()["carried"]
+        vector = torch.cat([tensor.detach().flatten() for tensor in [*module.net.parameters(), *carried.values()]])
+        everywhere = trainer.strategy.all_gather(vector)
+        assert isinstance(everywhere, Tensor)
+        results[name] = {
+            "state": module.net.state_dict(),
+            "carried": carried,
+            "apart": (everywhere[0] - everywhere[1]).abs().max(),
         }
     if trainer.global_rank == 0:
         torch.save(results, folder / "results.pt")

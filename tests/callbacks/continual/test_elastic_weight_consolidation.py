@@ -548,6 +548,8 @@ def test_ddp_and_other_stages_are_not_refused() -> None:
         ({"num_samples": 0}, "`num_samples` to be a positive integer or None, but got 0"),
         ({"chunk_size": 0}, "`chunk_size` to be a positive integer or None, but got 0"),
         ({"max_memory": -5}, "`max_memory` to be a positive integer or None, but got -5"),
+        ({"gamma": -0.1}, r"`gamma` to be in \[0, 1\] or None, but got -0\.1"),
+        ({"reference": "poisoned"}, r"`reference` to be one of \('as_trained', 'clean'\), but got 'poisoned'"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""EWC in two processes against one that sees all batches."""
+"""EWC, MAS and SI in two processes against one that sees all batches."""
 
 import importlib.util
 import os
@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bd.functional.fisher import fisher_diagonal
+from lightning_bd.functional.memory_aware import memory_aware_importance
 
 SCRIPT = Path(__file__).with_name("ddp_ewc.py")
 
@@ -71,3 +73,37 @@ def test_equals_one_process_by_hand(results: dict[str, Any], script: ModuleType,
         torch.testing.assert_close(result["state"][key], value, rtol=0, atol=1e-6)
     terms = [(fisher[key] * (p - anchor[key]) ** 2).sum() for key, p in net.named_parameters()]
     torch.testing.assert_close(result["penalty"], script.STRENGTH * torch.stack(terms).sum().detach())
+
+
+@pytest.mark.parametrize("name", ["mas", "si"])
+def test_others_equal_one_process_by_hand(results: dict[str, Any], script: ModuleType, name: str) -> None:
+    strength, seeds = script.OTHERS[name]
+    net = script.Module().net
+    names = [key for key, _ in net.named_parameters()]
+    importance: dict[str, Tensor] = {key: torch.zeros_like(p) for key, p in net.named_parameters()}
+    if name == "mas":
+        importance = memory_aware_importance(net, script.make_batches(2))
+    for seed in seeds:
+        anchor = {key: p.detach().clone() for key, p in net.named_parameters()}
+        path = {key: torch.zeros_like(p) for key, p in net.named_parameters()}
+        opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        batches = script.make_batches(seed)
+        for window in (batches[start : start + 4] for start in range(0, len(batches), 4)):
+            loss = torch.stack([F.cross_entropy(net(x), y) for x, y in window]).mean()
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            before = [p.detach().clone() for p in net.parameters()]
+            for key, p, gradient in zip(names, net.parameters(), gradients, strict=True):
+                p.grad = gradient + 2 * strength * importance[key] * (p.detach() - anchor[key])
+            opt.step()
+            for key, p, gradient, old in zip(names, net.parameters(), gradients, before, strict=True):
+                path[key] -= gradient * (p.detach() - old)
+        if name == "si":
+            for key, p in net.named_parameters():
+                moved = p.detach() - anchor[key]
+                importance[key] = importance[key] + path[key].clamp(min=0) / (moved**2 + 0.1)
+    result = results[name]
+    assert result["apart"] == 0
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(result["state"][key], value, rtol=0, atol=1e-6)
+    for key, value in importance.items():
+        torch.testing.assert_close(result["carried"][f"net.{key}"], value, rtol=1e-4, atol=1e-7)

@@ -29,6 +29,16 @@ def test_value_and_gradient() -> None:
     assert model[1].bias.grad is None  # type: ignore[index]
 
 
+def test_gradient_by_name() -> None:
+    model, penalty, expected = make()
+    gradients = penalty.gradient(scale=0.5)
+    assert set(gradients) == {"0.weight", "1.weight"}
+    for name, gradient in gradients.items():
+        (by_autograd,) = torch.autograd.grad(expected, model.get_parameter(name), retain_graph=True)
+        torch.testing.assert_close(gradient, 0.5 * by_autograd)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_keeps_the_memory_of_the_gradient() -> None:
     """DDP's buckets are views of it."""
     model, penalty, _ = make()
@@ -53,6 +63,7 @@ def test_zero_strength_does_nothing() -> None:
     penalty.add_gradient()
     assert all(p.grad is None for p in model.parameters())
     assert penalty.value() == penalty.largest_curvature() == 0
+    assert penalty.gradient() == {}
 
 
 def test_frozen_parameters_are_skipped() -> None:

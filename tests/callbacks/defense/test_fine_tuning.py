@@ -6,20 +6,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, Protocol, cast
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_bd.callbacks import DefenderData, FineTuning, Report
+from lightning_bd.callbacks.defense.base import DefenderData, NotApplicableError, Report
+from lightning_bd.callbacks.defense.fine_tuning import FineTuning
+from lightning_bd.callbacks.defense.training import Loss
 from lightning_bd.datamodules import DigitsDataModule, PhaseData
 
 CLASSES = 3
+CONFIGS = Path(__file__).parents[3] / "configs" / "defense"
 Pairs = Iterator[tuple[Tensor, Tensor]]
+
+
+class Attacked(Protocol):
+    """What the fixture of a backdoored model gives."""
+
+    data: DefenderData
+
+    def model(self) -> nn.Module: ...
+
+    def rates(self, model: nn.Module) -> tuple[float, float]: ...
+
+    def check_removed(self, model: nn.Module) -> tuple[float, float]: ...
 
 
 def make_batches(sizes: Sequence[int], seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -253,6 +269,12 @@ def test_no_validation_images() -> None:
         (lambda: FineTuning(momentum=1.0), "`momentum` to be in [0, 1), but got 1.0."),
         (lambda: FineTuning(momentum=-0.1), "`momentum` to be in [0, 1), but got -0.1."),
         (lambda: FineTuning(weight_decay=-1.0), "`weight_decay` to be a non-negative float, but got -1.0."),
+        (lambda: FineTuning(rho=-1.0), "`rho` to be a non-negative float, but got -1.0."),
+        (lambda: FineTuning(rho=float("inf")), "`rho` to be a non-negative float, but got inf."),
+        (
+            lambda: FineTuning(schedule=cast(Any, "step")),
+            "`schedule` to be one of ('cosine', 'constant'), but got 'step'.",
+        ),
     ],
 )
 def test_refuses(make: Callable[[], Any], message: str) -> None:
@@ -269,7 +291,9 @@ def test_a_drop_of_exactly_the_limit_is_accepted() -> None:
     class Drops(FineTuning):
         """Loses 5 of 500 images at the first rate."""
 
-        def _train(self, model: nn.Module, data: DefenderData, rate: float, epochs: int) -> None:
+        def _train(
+            self, model: nn.Module, data: DefenderData, rate: float, epochs: int, loss: Loss, title: str
+        ) -> None:
             with torch.no_grad():
                 model.weight.fill_(485.0)  # type: ignore[operator]
 
@@ -313,3 +337,167 @@ def test_refuses_half_precision_without_a_scaler() -> None:
 def digits_view() -> LightningDataModule:
     data = DigitsDataModule(splits={"defend": 1.0})
     return data.defender_view(PhaseData("defend", ("defend",)))
+
+
+def sharp_by_hand(model: nn.Module, rate: float, rho: float, epochs: int) -> None:
+    """SAM over SGD at a constant rate, from the equations; BatchNorm sees the first pass of a step only."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    velocity = [torch.zeros_like(p) for p in parameters]
+    for epoch in range(epochs):
+        for points, labels in make_data().train(epoch):
+            gradients = torch.autograd.grad(F.cross_entropy(model(points), labels), parameters)
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            moved = copy.deepcopy(model)
+            with torch.no_grad():
+                for p, g in zip([p for p in moved.parameters() if p.requires_grad], gradients, strict=True):
+                    p.add_(rho * g / norm)
+            moved_parameters = [p for p in moved.parameters() if p.requires_grad]
+            sharp = torch.autograd.grad(F.cross_entropy(moved(points), labels), moved_parameters)
+            with torch.no_grad():
+                for p, v, g in zip(parameters, velocity, sharp, strict=True):
+                    v.mul_(0.9).add_(g)
+                    p.sub_(rate * v)
+
+
+def test_sharpness_aware_equals_a_loop_by_hand() -> None:
+    model, reference, plain = make_model(), make_model(), make_model()
+    FineTuning([0.05], max_epochs=3, weight_decay=0.0, rho=0.5, schedule="constant").purify(model, make_data())
+    FineTuning([0.05], max_epochs=3, weight_decay=0.0, schedule="constant").purify(plain, make_data())
+    sharp_by_hand(reference, 0.05, 0.5, epochs=3)
+    state = model.state_dict()
+    for name, tensor in reference.state_dict().items():
+        assert torch.allclose(state[name], tensor, rtol=1e-4, atol=1e-5), name
+    assert state["1.num_batches_tracked"] == plain.state_dict()["1.num_batches_tracked"]
+    assert (state["3.weight"] - plain.state_dict()["3.weight"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_without_perturbation_it_is_the_plain_run_bit_for_bit(schedule: Literal["cosine", "constant"]) -> None:
+    model, reference = make_model(), make_model()
+    FineTuning([0.05], max_epochs=3, rho=0.0, schedule=schedule).purify(model, make_data())
+    reference.train()
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    for epoch in range(3):
+        for points, labels in make_data().train(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(reference(points), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        if schedule == "cosine":
+            scheduler.step()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_the_perturbation_is_taken_back_exactly() -> None:
+    model = make_plain_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    # A step too short to change a float32.
+    FineTuning([1e-30], max_epochs=2, weight_decay=0.0, rho=0.7).purify(model, make_data())
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_both_passes_draw_the_same_masks_and_use_up_the_stream_once() -> None:
+    masks: list[Tensor] = []
+
+    def run(rho: float) -> Tensor:
+        masks.clear()
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(), nn.Linear(16, CLASSES))
+        model[1].register_forward_hook(lambda module, _, output: masks.append(output != 0) if module.training else None)
+        FineTuning([0.01], max_epochs=1, rho=rho).purify(model, make_data())
+        return torch.get_rng_state()
+
+    plain = run(0.0)
+    single = list(masks)
+    assert torch.equal(run(0.1), plain)
+    assert len(masks) == 2 * len(single)
+    for first, second, alone in zip(masks[::2], masks[1::2], single, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, alone)
+
+
+def test_an_exception_in_the_second_pass_leaves_nothing_perturbed() -> None:
+    model = make_model()
+    before = copy.deepcopy(model)
+    calls: list[Tensor] = []
+
+    def fail(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module.training:
+            calls.append(module.weight.detach().clone())  # type: ignore[operator]
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+
+    handle = model[3].register_forward_pre_hook(fail)  # type: ignore[index]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        FineTuning([0.1], rho=0.5).purify(model, make_data())
+    handle.remove()
+    assert not torch.equal(calls[0], calls[1])
+    for (name, parameter), was in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(parameter, was), name
+    assert model[1].track_running_stats  # type: ignore[index]
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+
+
+def test_sharpness_aware_leaves_no_trace() -> None:
+    model = make_model()
+    modes = [module.training for module in model.modules()]
+    frozen = model[0].weight.clone()  # type: ignore[index]
+    random_state = torch.get_rng_state()
+    FineTuning([0.05], max_epochs=1, rho=0.1).purify(model, make_data())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [p.requires_grad for p in model.parameters()][:3] == [False, False, True]
+    assert torch.equal(model[0].weight, frozen)  # type: ignore[index]
+    assert model[1].track_running_stats  # type: ignore[index]
+    assert model[1].momentum == 0.1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.05])
+def test_all_parameters_frozen(rho: float) -> None:
+    model = make_model().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NotApplicableError, match="Every parameter is frozen"):
+        FineTuning([0.1], rho=rho).purify(model, make_data())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def shipped(name: str) -> dict[str, Any]:
+    phase = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert phase["max_epochs"] == 0
+    (callback,) = phase["callbacks"]
+    assert callback["class_path"] == "lightning_bd.callbacks.FineTuning"
+    arguments: dict[str, Any] = callback["init_args"]
+    return arguments
+
+
+def test_the_shipped_settings() -> None:
+    assert vars(FineTuning(**shipped("ft"))) == vars(FineTuning())
+    sharp = FineTuning(**shipped("ft_sam"))
+    assert (sharp.learning_rates, sharp.momentum, sharp.weight_decay, sharp.max_epochs) == ((0.005,), 0.9, 0, 50)
+    assert (sharp.rho, sharp.schedule) == (0.05, "constant")
+
+
+def test_removes_badnets(attacked_small_cnn: Attacked) -> None:
+    model = attacked_small_cnn.model()
+    FineTuning(**shipped("ft")).purify(model, attacked_small_cnn.data)
+    attacked_small_cnn.check_removed(model)
+
+
+def test_sharpness_aware_removes_badnets_at_a_larger_rate(attacked_small_cnn: Attacked) -> None:
+    model = attacked_small_cnn.model()
+    FineTuning([0.1], max_epochs=10, rho=0.05).purify(model, attacked_small_cnn.data)
+    attacked_small_cnn.check_removed(model)
+
+
+@pytest.mark.slow
+def test_sharpness_aware_at_the_shipped_rate_keeps_the_accuracy(attacked_small_cnn: Attacked) -> None:
+    """And most of the backdoor: 0.005 is too small a rate to leave a minimum of the digits in 50 epochs."""
+    model = attacked_small_cnn.model()
+    FineTuning(**shipped("ft_sam")).purify(model, attacked_small_cnn.data)
+    accuracy, success = attacked_small_cnn.rates(model)
+    assert accuracy >= attacked_small_cnn.rates(attacked_small_cnn.model())[0] - 0.01
+    assert success > 0.9

@@ -1,0 +1,79 @@
+"""Base of the loss terms that hold a model's outputs to those of its former self."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.func import functional_call
+
+from lightning_bd.callbacks.isolation import copy_tensors
+from lightning_bd.callbacks.loss_term import LossTerm
+from lightning_bd.functional.loss_surface import evaluation_mode
+
+__all__ = ("AnchoredLossTerm",)
+
+
+class AnchoredLossTerm(LossTerm):
+    """Compare the logits of each batch with those that the model gave at the start of the fit.
+
+    At the start of the fit parameters and buffers are copied. For each batch the module is called once with these
+    copies in place of its own tensors, in evaluation mode and without a graph: one forward pass, and the gradient
+    reaches the current weights only. The copies are in every checkpoint, which grows by the size of the model, and
+    a resumed fit goes on with them.
+
+    Args:
+        strength: Factor of the term, at least 0. With 0 nothing is copied.
+
+    Raises:
+        ValueError: If ``strength`` is out of range.
+        MisconfigurationException: When the fit starts, in the situations of
+            :class:`~lightning_bd.callbacks.loss_term.LossTerm`.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__(strength)
+        self._anchor: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def distance(self, logits: Tensor, anchor_logits: Tensor, batch: object) -> Tensor:
+        """Return the term of one batch, without ``strength``.
+
+        Args:
+            logits: The model's, ``(B, K)``, with their graph.
+            anchor_logits: Those of the model at the start of the fit, ``(B, K)``, without a graph.
+            batch: What ``training_step`` got.
+
+        Returns:
+            A tensor without dimensions.
+        """
+
+    def compute(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> Tensor:
+        """Return the distance of the batch's logits from the anchor's."""
+        logits = self.logits(pl_module, batch)
+        with evaluation_mode(pl_module), torch.no_grad():
+            anchor_logits = functional_call(pl_module, self._anchor, (self.images(batch),), strict=True)
+        return self.distance(logits, anchor_logits, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save the anchor's parameters and buffers."""
+        return {"anchor": dict(self._anchor)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the anchor's parameters and buffers from a checkpoint."""
+        self._anchor = dict(state_dict["anchor"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse an unsupported fit and forget the last one; the state of a resumed one is loaded after this."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._anchor = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the model, unless a checkpoint held the copy."""
+        super().on_fit_start(trainer, pl_module)
+        if self.strength > 0 and not self._anchor:
+            tensors = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+            self._anchor = dict(zip(tensors, copy_tensors(list(tensors.values())), strict=True))
+        self._anchor = {name: tensor.to(pl_module.device) for name, tensor in self._anchor.items()}
