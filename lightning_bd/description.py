@@ -91,9 +91,9 @@ def _name(value: type | Callable[..., object]) -> str:
 
 def _wraps(value: object) -> bool:
     """Whether it is what jsonargparse puts around a class; the class is among the partial's arguments."""
-    return inspect.isfunction(value) and (
-        value.__module__.startswith("jsonargparse") or "call_without_instantiate" in value.__qualname__
-    )
+    if not inspect.isfunction(value):
+        return type(value).__module__.startswith("jsonargparse")
+    return value.__module__.startswith("jsonargparse") or "call_without_instantiate" in value.__qualname__
 
 
 def _short(value: Description) -> str:

@@ -38,6 +38,15 @@ def printed(out: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"((?:test|val)/\w+) +│ +([\d.]+)", out)}
 
 
+def test_the_runs_description_says_nothing_of_the_command_line(trained: Path) -> None:
+    """Else a new release of the parser, or of this file, would make another run of the same one."""
+    for file in (trained / "run.json", trained / "00_inject" / "phase.json"):
+        text = file.read_text()
+        assert "torch.optim.sgd.SGD" in text
+        for word in ("jsonargparse", "CLI", "instantiator"):
+            assert word not in text, word
+
+
 def test_fit_writes_the_run_and_prints_the_table(lightning_bd: Command, tmp_path: Path) -> None:
     done = lightning_bd("fit", "--config", "small.yaml")
     run = tmp_path / "runs" / "small"

@@ -40,7 +40,7 @@ def expand_arguments(args: list[str]) -> list[str]:
     rest = args[1:]
     while rest:
         argument = rest.pop(0)
-        option, equals, value = argument.partition("=")
+        option, equals, _ = argument.partition("=")
         if not argument.startswith("-"):
             positionals.append(argument)
         elif equals or argument in _FLAGS or not rest:
