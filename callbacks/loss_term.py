@@ -1,6 +1,5 @@
 """Base of the callbacks that add a term to the loss of any automatically optimised LightningModule."""
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,13 +7,13 @@ from typing import ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bd.callbacks.isolation import RandomState, copy_tensors
+from lightning_bd.callbacks.situation import check_situation
 
 __all__ = ("LossTerm",)
 
@@ -209,33 +208,20 @@ class LossTerm(Callback, ABC):
         self._expect(None, replayed=False)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = type(self).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"`{name}` needs automatic optimization, but `{type(pl_module).__name__}` sets"
-                " `automatic_optimization = False`. Remove that line, or add the term in `training_step`."
-            )
+        check_situation(
+            trainer,
+            pl_module,
+            type(self).__name__,
+            instead="add the term in `training_step`",
+            lbfgs="adds to the loss for the backward pass only, and not to that which LBFGS compares",
+            batches="needs each batch",
+        )
         strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"`{name}` needs whole weights on every device and does not support `{type(strategy).__name__}`."
-                ' Use `Trainer(devices=1)` or `Trainer(strategy="ddp")`.'
-            )
         if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("find_unused_parameters"):
             raise MisconfigurationException(
-                f"`{name}` adds to the loss after DDP has looked for the parameters that it does not use, so that it"
+                f"`{type(self).__name__}` adds to the loss after DDP has looked for unused parameters, so that it"
                 ' cannot be used with `find_unused_parameters=True`. Use `Trainer(strategy="ddp")`, and set'
                 " `requires_grad_(False)` on the parameters that are not used."
-            )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise MisconfigurationException(
-                f"`{name}` needs the batch, but `training_step(dataloader_iter)` draws it itself."
-                " Use `training_step(batch, batch_idx)`."
-            )
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                f"`{name}` adds to the loss for the backward pass only, and not to that which LBFGS compares. Use"
-                " another optimizer, for example SGD or AdamW."
             )
 
 

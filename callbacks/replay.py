@@ -1,24 +1,18 @@
 """Replay the batches of an optimizer step before the optimizer takes it."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
-from torch.optim import LBFGS, Optimizer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.optim import Optimizer
 
 from lightning_bd.callbacks.isolation import IsolatedPass, RandomState
+from lightning_bd.callbacks.situation import check_situation
 
 __all__ = ("ReplayListener", "StepReplay", "check_replayable")
-
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
-_DERIVED_BUT_DIFFERENT = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
 
 def check_replayable(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
@@ -33,27 +27,15 @@ def check_replayable(trainer: Trainer, pl_module: LightningModule, name: str) ->
         MisconfigurationException: With manual optimization, a strategy other than single device and DDP,
             ``training_step(dataloader_iter)`` or LBFGS.
     """
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"`{name}` needs automatic optimization, but `{type(pl_module).__name__}` sets"
-            " `automatic_optimization = False`. Remove that line, or step along both gradients in `training_step`."
-        )
-    strategy = trainer.strategy
-    if not isinstance(strategy, _STRATEGIES) or isinstance(strategy, _DERIVED_BUT_DIFFERENT):
-        raise MisconfigurationException(
-            f"`{name}` needs whole weights on every device and does not support `{type(strategy).__name__}`."
-            ' Use `Trainer(devices=1)` or `Trainer(strategy="ddp")`.'
-        )
-    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-        raise MisconfigurationException(
-            f"`{name}` replays batches, but `training_step(dataloader_iter)` draws them itself."
-            " Use `training_step(batch, batch_idx)`."
-        )
-    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-        raise MisconfigurationException(
-            f"`{name}` cannot be used with LBFGS, which calls the closure many times per step and needs loss and"
-            " gradient at the same weights. Use another optimizer, for example SGD or AdamW."
-        )
+    check_situation(
+        trainer,
+        pl_module,
+        name,
+        instead="step along both gradients in `training_step`",
+        batches="replays each batch",
+        lbfgs="cannot be used with LBFGS, which calls the closure many times per step and needs loss and gradient at"
+        " the same weights",
+    )
 
 
 @runtime_checkable

@@ -50,7 +50,7 @@ class BackdoorCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, and the arguments of their methods that come from the config."""
-        ours = dict.fromkeys(("defend", "interpolate", "landscape", "sharpness"), {"model", "datamodule"})
+        ours = {name: {"model", "datamodule"} for name in ("defend", "interpolate", "landscape", "sharpness")}
         return {**LightningCLI.subcommands(), **ours}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

@@ -14,7 +14,7 @@ from lightning_bd.checkpointing import open_atomically
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.evaluation import evaluation_batches
 from lightning_bd.functional.backdoor import defense_effectiveness_rating, wilson_interval
-from lightning_bd.functional.loss_surface import evaluate
+from lightning_bd.functional.evaluation import evaluate
 from lightning_bd.run_folder import PhaseResult
 from lightning_bd.tables import write_rows
 

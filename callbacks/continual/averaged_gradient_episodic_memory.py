@@ -4,16 +4,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_bd.callbacks.continual.reference import ReferenceKind, check_reference
 from lightning_bd.callbacks.continual.replay_buffer import ReplayBuffer, filled_buffer
 from lightning_bd.callbacks.isolation import IsolatedPass, overwrite
+from lightning_bd.callbacks.situation import check_situation
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.gradient_projection import agem_projection
 
@@ -175,22 +174,11 @@ class AveragedGradientEpisodicMemory(Callback):
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = type(self).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"`{name}` needs automatic optimization, but `{type(pl_module).__name__}` sets"
-                " `automatic_optimization = False`. Remove that line, or project the gradient in `training_step` with"
-                " `lightning_bd.functional.gradient_projection`."
-            )
-        strategy = trainer.strategy
-        supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
-        if not supported or isinstance(strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"`{name}` needs whole gradients on every device and does not support `{type(strategy).__name__}`."
-                ' Use `Trainer(devices=1)` or `Trainer(strategy="ddp")`.'
-            )
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                f"`{name}` changes the gradient and not the loss, which LBFGS compares. Use another optimizer, for"
-                " example SGD or AdamW."
-            )
+        check_situation(
+            trainer,
+            pl_module,
+            type(self).__name__,
+            instead="project the gradient in `training_step` with `lightning_bd.functional.gradient_projection`",
+            lbfgs="changes the gradient and not the loss, which LBFGS compares",
+            needs="whole gradients",
+        )

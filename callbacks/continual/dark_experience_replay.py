@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_bd.callbacks.continual.experience_replay import ExperienceReplay
 from lightning_bd.callbacks.continual.reference import ReferenceKind
 from lightning_bd.callbacks.continual.replay_buffer import BufferBatch
-from lightning_bd.functional.loss_surface import evaluation_mode
+from lightning_bd.functional.modes import mode
 
 __all__ = ("DarkExperienceReplay",)
 
@@ -97,6 +97,6 @@ class DarkExperienceReplay(ExperienceReplay):
 
     def logits_to_store(self, trainer: Trainer, pl_module: LightningModule, images: Tensor) -> Tensor:
         """Return the logits that the model has for ``images`` now, in evaluation mode."""
-        with torch.no_grad(), evaluation_mode(pl_module), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), mode(pl_module, training=False), trainer.precision_plugin.forward_context():
             logits: Tensor = pl_module(images)
         return logits

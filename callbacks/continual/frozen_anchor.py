@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from lightning_bd.callbacks.isolation import copy_tensors
 from lightning_bd.callbacks.loss_term import LossTerm
-from lightning_bd.functional.loss_surface import evaluation_mode
+from lightning_bd.functional.modes import mode
 
 __all__ = ("AnchoredLossTerm",)
 
@@ -52,7 +52,7 @@ class AnchoredLossTerm(LossTerm):
     def compute(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> Tensor:
         """Return the distance of the batch's logits from the anchor's."""
         logits = self.logits(pl_module, batch)
-        with evaluation_mode(pl_module), torch.no_grad():
+        with mode(pl_module, training=False), torch.no_grad():
             anchor_logits = functional_call(pl_module, self._anchor, (self.images(batch),), strict=True)
         return self.distance(logits, anchor_logits, batch)
 

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import LBFGS
 
 from lightning_bd.callbacks.continual.quadratic_penalty import QuadraticPenalty
+from lightning_bd.callbacks.situation import check_situation
 
 __all__ = ("QuadraticRegularizer",)
 
@@ -163,24 +162,13 @@ class QuadraticRegularizer(Callback, ABC):
         return {name: tensor.to(parameters[name].device) for name, tensor in self._carried.items()}
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = type(self).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"`{name}` needs automatic optimization, but `{type(pl_module).__name__}` sets"
-                " `automatic_optimization = False`. Remove that line, or add the penalty in `training_step`."
-            )
-        strategy = trainer.strategy
-        supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
-        if not supported or isinstance(strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"`{name}` needs whole weights on every device and does not support `{type(strategy).__name__}`."
-                ' Use `Trainer(devices=1)` or `Trainer(strategy="ddp")`.'
-            )
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                f"`{name}` adds to the gradient and not to the loss, which LBFGS compares. Use another optimizer, for"
-                " example SGD or AdamW."
-            )
+        check_situation(
+            trainer,
+            pl_module,
+            type(self).__name__,
+            instead="add the penalty in `training_step`",
+            lbfgs="adds to the gradient and not to the loss, which LBFGS compares",
+        )
 
     def _check_curvature(self, trainer: Trainer, curvature: float) -> None:
         name, symbol = type(self).__name__, self.symbol

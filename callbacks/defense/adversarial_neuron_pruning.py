@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.callbacks.defense.layers import executed_modules
 from lightning_bd.callbacks.defense.pruning import silence
-from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, mode
+from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy
 from lightning_bd.functional.batch_norm import frozen_running_stats
 from lightning_bd.functional.draws import keyed_generator
+from lightning_bd.functional.modes import mode
 
 __all__ = ("AdversarialNeuronPruning",)
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bd.callbacks.defense.base import NotApplicableError
 from lightning_bd.callbacks.defense.layers import captured_outputs
-from lightning_bd.callbacks.defense.training import mode
+from lightning_bd.functional.modes import mode
 
 __all__ = ("FeatureMaps", "find_feature_maps", "named_feature_maps")
 

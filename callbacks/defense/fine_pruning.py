@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.callbacks.defense.layers import captured_outputs, executed_modules
-from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, mode, train
+from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, train
+from lightning_bd.functional.modes import mode
 
 __all__ = ("FinePruning",)
 

@@ -10,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
-from lightning_bd.callbacks.defense.training import allowed_epochs, cross_entropy, mode
+from lightning_bd.callbacks.defense.training import allowed_epochs, cross_entropy
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.implicit_gradient import ascent_step, implicit_gradient
+from lightning_bd.functional.modes import mode
 
 __all__ = ("ImplicitBackdoorAdversarialUnlearning",)
 

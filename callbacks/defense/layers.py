@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bd.callbacks.defense.training import mode
+from lightning_bd.functional.modes import mode
 
 __all__ = ("captured_outputs", "executed_modules", "normalized_convolutions")
 

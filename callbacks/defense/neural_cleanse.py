@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
-from lightning_bd.callbacks.defense.training import allowed_epochs, mode, train
+from lightning_bd.callbacks.defense.training import allowed_epochs, train
 from lightning_bd.functional.draws import keyed_generator
+from lightning_bd.functional.modes import mode
 from lightning_bd.functional.trigger_inversion import TriggerInversion, anomaly_indices, stamp
 
 __all__ = ("NeuralCleanse",)

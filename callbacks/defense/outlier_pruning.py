@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData, Report
 from lightning_bd.callbacks.defense.pruning import silence
-from lightning_bd.callbacks.defense.training import clean_accuracy, mode
+from lightning_bd.callbacks.defense.training import clean_accuracy
 from lightning_bd.functional.channel_statistics import outliers
+from lightning_bd.functional.modes import mode
 
 __all__ = ("check_thresholds", "is_prunable", "prune_outliers", "watch_inputs")
 

@@ -1,7 +1,6 @@
 """What defenses share that train on, or measure with, the defender's clean data."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,8 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData
+from lightning_bd.functional.modes import mode
 
-__all__ = ("Loss", "allowed_epochs", "clean_accuracy", "cross_entropy", "mode", "train")
+__all__ = ("Loss", "allowed_epochs", "clean_accuracy", "cross_entropy", "train")
 
 #: Loss of a model on images ``(B, C, H, W)`` and labels ``(B,)``: a tensor without dimensions.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -104,20 +104,3 @@ def clean_accuracy(model: nn.Module, data: DefenderData) -> float:
     if total == 0:
         raise MisconfigurationException("The defender has no validation images: give the phase a larger split.")
     return correct / total
-
-
-@contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Switch the whole model to training or evaluation, and every module back to what it was.
-
-    Args:
-        model: The model.
-        training: Whether to train inside the block.
-    """
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before.items():
-            module.training = was

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_bd.checkpointing import CheckpointError, check_weights, read_checkpoint
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.evaluation import use_manifest_of
-from lightning_bd.functional.loss_surface import check_finite_weights
+from lightning_bd.functional.evaluation import check_finite_weights
 from lightning_bd.manifest import PoisonManifest
 
 __all__ = ("named_after", "take_over")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.evaluation import evaluation_batches
-from lightning_bd.functional.loss_surface import Evaluation
+from lightning_bd.functional.evaluation import Evaluation
 
 __all__ = ("COLUMNS", "cells", "keep_figure", "prepare", "progress")
 

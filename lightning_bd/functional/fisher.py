@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.layer_squares import in_parts
+from lightning_bd.functional.modes import mode
 from lightning_bd.functional.per_sample import SquaredGradients
 
 __all__ = ("FisherKind", "fisher_diagonal", "fisher_sums")
@@ -180,7 +181,6 @@ def _cotangents(logits: Tensor, labels: Tensor, kind: FisherKind, generator: tor
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate ``model`` inside the block; put back modes, buffers and the random state, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -188,13 +188,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     ]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     accelerators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=accelerators):
-        model.eval()
+    with torch.random.fork_rng(devices=accelerators), mode(model, training=False):
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
                     setattr(module, name, buffer)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bd.functional.modes import mode
+
 __all__ = ("memory_aware_importance", "memory_aware_sums")
 
 _log = logging.getLogger(__name__)
@@ -188,12 +190,7 @@ def _chunks(
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """Put ``model`` into evaluation mode; put back the modes and the random state, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), mode(model, training=False):
+        yield

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bd.functional.draws import keyed_generator
-from lightning_bd.functional.loss_surface import evaluation_mode
+from lightning_bd.functional.modes import mode
 from lightning_bd.functional.perturbations import global_norm
 
 __all__ = ("BallLoss", "Loss", "TopEigenvalue", "max_loss_in_ball", "top_hessian_eigenvalue")
@@ -209,7 +209,7 @@ def _count(batches: Sequence[Sequence[Tensor]]) -> int:
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
     # The fused kernels of attention have no second derivative.
-    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with mode(model, training=False), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

@@ -57,7 +57,7 @@ class SecondOrder(BoringModel):
     [
         (Manual, "needs automatic optimization, but `Manual` sets `automatic_optimization = False`. Remove that line"),
         (ManualFromSetupOn, "needs automatic optimization"),
-        (DrawsItself, r"`training_step\(dataloader_iter\)` draws them itself. Use `training_step\(batch, batch_idx\)`"),
+        (DrawsItself, r"`training_step\(dataloader_iter\)` draws it itself. Use `training_step\(batch, batch_idx\)`"),
         (SecondOrder, "cannot be used with LBFGS.* Use another optimizer"),
     ],
 )

@@ -1,7 +1,6 @@
 """Losses between and around networks, against networks that are built at those weights by hand."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -12,10 +11,8 @@ from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
 
 from lightning_bd.backbones import small_cnn
+from lightning_bd.functional.evaluation import evaluate
 from lightning_bd.functional.loss_surface import (
-    check_finite_weights,
-    evaluate,
-    evaluation_mode,
     filter_normalized_directions,
     interpolate_weights,
     line,
@@ -75,61 +72,6 @@ class Explodes(Batches):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield make_batches()[0]
         raise RuntimeError("no more")
-
-
-def test_evaluate_counts_every_image_the_same() -> None:
-    model, batches = make_net(), make_batches()
-    before = snapshot(model)
-    result = evaluate(model, batches)
-    assert result == pytest.approx(expected(model, {}, batches), rel=1e-6)
-    assert (result.loss, result.accuracy) == tuple(result)
-    assert_untouched(model, before)
-    mean_of_means = sum(evaluate(model, [batch]).loss for batch in batches) / 2
-    assert result.loss != pytest.approx(mean_of_means, rel=1e-3)
-
-
-def test_evaluate_takes_longer_tuples_and_iterators() -> None:
-    batches = make_batches()
-    longer = ((images, labels, labels * 0) for images, labels in batches)
-    assert evaluate(make_net(), longer) == evaluate(make_net(), batches)
-
-
-def test_a_network_that_overflows_does_not_obey_the_attacker() -> None:
-    logits = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [2.0, 1.0]])
-    loss, accuracy = evaluate(nn.Identity(), [(logits, torch.zeros(3, dtype=torch.long))])
-    assert math.isnan(loss)
-    # The NaN is wrong; the infinite one is the maximum.
-    assert accuracy == pytest.approx(2 / 3)
-
-
-def test_half_precision_logits_are_averaged_in_full() -> None:
-    logits = torch.tensor([[3.0, 0.0]] * 3000, dtype=torch.bfloat16)
-    loss, _ = evaluate(nn.Identity(), [(logits, torch.zeros(3000, dtype=torch.long))])
-    assert loss == pytest.approx(F.cross_entropy(logits[:1].double(), torch.tensor([0])).item(), rel=1e-5)
-
-
-def test_evaluate_without_images_and_after_an_exception() -> None:
-    model = make_net()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="`batches` to hold at least one image, but got none"):
-        evaluate(model, [])
-    with pytest.raises(RuntimeError, match="no more"):
-        evaluate(model, Explodes())
-    assert_untouched(model, before)
-
-
-def test_evaluation_mode_puts_back_each_layer() -> None:
-    model = make_net()
-    before = snapshot(model)
-
-    def fail() -> None:
-        with evaluation_mode(model):
-            assert not any(module.training for module in model.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0, 1.5])
@@ -314,19 +256,3 @@ def test_directions_of_another_network_are_refused() -> None:
         next(surface(model, (lacking, second), [0.0], [0.0], data))
     with pytest.raises(ValueError, match="but the model has no `other`"):
         next(surface(model, (first, second | {"other": torch.zeros(1)}), [0.0], [0.0], data))
-
-
-def test_weights_that_are_not_finite_are_named() -> None:
-    model = make_net()
-    check_finite_weights(model)
-    model.register_buffer("mask", torch.tensor(float("-inf")))
-    check_finite_weights(model)
-    model.state_dict()["1.running_var"][2] = float("inf")
-    with pytest.raises(ValueError, match=r"^The model has weights that are not finite: `1.running_var`; training has"):
-        check_finite_weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.view(-1)[0] = float("nan")
-    names = "`0.weight`, `0.bias`, `1.weight` and 4 more"
-    with pytest.raises(ValueError, match=f"^a.ckpt has weights that are not finite: {names}; .* earlier checkpoint"):
-        check_finite_weights(model, "a.ckpt")

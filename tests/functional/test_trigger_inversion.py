@@ -163,6 +163,17 @@ def test_the_weight_of_the_norm_follows_success() -> None:
     assert costs == [0, 0.5, 0.5, 2.0, 2.0, 8.0, 8.0, 1.0, 1.0, 0.125]
 
 
+def test_a_class_goes_on_until_its_weight_went_both_ways() -> None:
+    """Begun and then only divided: to begin is not to go up."""
+    half = torch.full((1, 1, 2, 2), 0.5)
+    model = Constant(switch=2)
+    inversion = TriggerInversion(half, half, torch.tensor([0]), patience=2, early_stop=1)
+    for _ in range(12):
+        inversion.update(model, torch.zeros(3, 1, 2, 2))
+        assert not inversion.adapt()
+    assert 0 < inversion.costs.item() < 1e-3
+
+
 def test_the_weight_of_the_norm_stays_finite() -> None:
     half = torch.full((1, 1, 2, 2), 0.5)
     inversion = TriggerInversion(half, half, torch.tensor([0]), cost=1.0, cost_multiplier=1e3, patience=1)

@@ -78,7 +78,7 @@ def assert_sound(figure: Figure) -> None:
         assert axes.get_xlabel() or axes.get_ylabel()
         low, high = sorted(axes.get_xlim())
         boxes = [
-            label.get_window_extent(renderer)
+            label.get_window_extent(renderer).padded(2)
             for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
             if low <= place <= high and label.get_text()
         ]
@@ -87,7 +87,7 @@ def assert_sound(figure: Figure) -> None:
 
 def test_line_is_sorted_and_in_percent(tmp_path: Path) -> None:
     rows = [(p, 1 + p, 0.9 - 0.1 * p, 0.5 * p, 1 - p) for p in POSITIONS]
-    figure = interpolation_figure(write(tmp_path / "a.csv", LINE, rows), ("one$x$", "two"), "A title")
+    figure = interpolation_figure(write(tmp_path / "a.csv", LINE, rows), (r"one$\frac$", "two"), r"A title $\bad$")
     loss, rates = figure.axes
     for axes, expected in (
         (loss, {"clean images": [1, 1.5, 2], "triggered images, attacker's label": [0, 0.25, 0.5]}),
@@ -104,7 +104,11 @@ def test_line_is_sorted_and_in_percent(tmp_path: Path) -> None:
     assert loss.get_ylabel() == "cross-entropy loss (nats)"
     assert (loss.get_yscale(), loss.get_ylim()[0]) == ("linear", 0)
     assert rates.get_ylabel() == "share of images (%)"
-    for words in ("A title", "first: one$x$      second: two", "position on the line (0: first, 1: second)"):
+    for words in (
+        r"A title $\bad$",
+        r"first: one$\frac$      second: two",
+        "position on the line (0: first, 1: second)",
+    ):
         assert words in texts(figure)
     assert "unknown" not in texts(figure)
     assert "not finite" not in texts(figure)
@@ -160,6 +164,7 @@ def test_plane(tmp_path: Path) -> None:
     assert texts(figure).count("model") == 2
     assert "not a number" not in texts(figure)
     assert_sound(figure)
+    assert clean.get_xticks().tolist() == [-1, -0.5, 0, 0.5, 1]
 
 
 def norm_of(axes: Axes) -> BoundaryNorm:

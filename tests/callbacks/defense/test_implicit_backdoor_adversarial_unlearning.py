@@ -188,7 +188,7 @@ def test_leaves_no_trace(fails: bool) -> None:
     needs = [p.requires_grad for p in model.parameters()]
     frozen, buffers = model.get_parameter("1.weight").clone(), copy.deepcopy(dict(model.named_buffers()))
     random = torch.get_rng_state()
-    assert torch._C._get_flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     batches = make_batches()
     copies = copy.deepcopy(batches)
     if fails:
@@ -204,7 +204,7 @@ def test_leaves_no_trace(fails: bool) -> None:
     assert torch.equal(model.get_parameter("1.weight"), frozen)
     assert all(torch.equal(tensor, buffers[name]) for name, tensor in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), random)
-    assert torch._C._get_flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     for (images, labels), (old_images, old_labels) in zip(batches, copies, strict=False):
         assert torch.equal(images, old_images)
         assert torch.equal(labels, old_labels)

@@ -69,7 +69,7 @@ def make_model(classes: int = 8, shortcuts: tuple[int, ...] = (2,)) -> nn.Module
     """
     linear = nn.Linear(64, classes)
     with torch.no_grad():
-        linear.weight.copy_(2 * own_pixels(classes))
+        linear.weight.copy_(torch.linspace(1.5, 2.5, classes)[:, None] * own_pixels(classes))
         linear.bias.zero_()
         for number, label in enumerate(shortcuts):
             linear.weight[label, 63 - number] = 20.0
@@ -244,6 +244,26 @@ def test_the_runs_cap_applies(limit: int | None, steps: int, epochs: int) -> Non
     report = run(make_model(), make_data(make_batches(), epoch_limit=limit), images_per_step=9, max_epochs=5)
     assert report.values["inversion_steps"] == steps
     assert report.epochs == (epochs if report.values["flagged"] else 0)
+
+
+def test_classes_stop_when_their_masks_stop_shrinking() -> None:
+    report = run(make_model(), make_data(make_batches()), steps=400, patience=1)
+    assert report.values["inversion_steps"] < 400
+    assert report.values["unsettled_classes"] == 0
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [4] * 8), (12, [12, 12, 8]), (100, [32])])
+def test_the_size_of_a_forward_pass(limit: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+
+    class Watching(nn.Flatten):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(len(input))
+            return super().forward(input)
+
+    model = nn.Sequential(Watching(), nn.Linear(64, 8))
+    run(model, make_data(make_batches(8, (4,))), steps=1, images_per_step=4, images_per_pass=limit)
+    assert seen[: len(sizes)] == sizes
 
 
 def test_a_cap_of_no_epochs_does_nothing() -> None:
