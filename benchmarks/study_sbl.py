@@ -53,8 +53,8 @@ def defense_files(folder: Path, rates: Sequence[float], lengths: Sequence[int]) 
     longest = max(lengths)
     sam = {"learning_rates": [0.005], "max_epochs": longest, "weight_decay": 0.0, "rho": 0.05, "schedule": "constant"}
     made["ft_sam"] = (tuning, dict(sam), 0.005, longest)
-    nad = {"max_epochs": longest, "teacher_epochs": longest}
-    made["nad"] = ("lightning_bd.callbacks.NeuralAttentionDistillation", dict(nad), 0.0, longest)
+    nad = {"learning_rates": [0.01], "max_epochs": longest, "teacher_epochs": longest}
+    made["nad"] = ("lightning_bd.callbacks.NeuralAttentionDistillation", dict(nad), 0.01, longest)
     for name, (path, arguments, _, _) in made.items():
         phase = {"max_epochs": 0, "callbacks": [{"class_path": path, "init_args": arguments}]}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(phase, sort_keys=False))
