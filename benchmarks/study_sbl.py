@@ -22,13 +22,14 @@ from lightning_bd.reports.figures import plot_learning_rates, read_rows
 # Row of the table -> phase of the config.
 ROWS = {
     "CBL": "cbl",
-    "CBL, dynamic poison": "cbl-dynamic",
     "SBL-naive": "naive",
     "SBL-EWC": "ewc",
+    "SBL-EWC with SAM": "ewc-sam",
     "SBL-Anchoring": "anchoring",
     "SBL-A-GEM": "a-gem",
+    # Controls: the conventional order with the sequential rows' poison, and SAM without a continual-learning term.
+    "CBL, dynamic poison": "cbl-dynamic",
     "SBL-naive with SAM": "naive-sam",
-    "SBL-EWC with SAM": "ewc-sam",
 }
 TRIGGERS = {
     "badnets": None,  # the config's
