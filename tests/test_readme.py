@@ -70,7 +70,7 @@ def test_the_methods_of_the_table_exist() -> None:
         module = module if module.startswith("lightning_bd") else f"lightning_bd.{module}"
         assert hasattr(importlib.import_module(module), method)
         assert hasattr(importlib.import_module(module.rpartition(".")[0]), method), f"{method} is not exported"
-        assert "https://arxiv.org/abs/" in paper
+        assert re.search(r"https://(arxiv\.org/abs/|openreview\.net/|doi\.org/)", paper), paper
         for used in re.findall(r"`(\w+)`", config):
             assert f".{method}" in shipped_configs()[used].read_text(), f"{used} does not use {method}"
 
