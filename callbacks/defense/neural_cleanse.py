@@ -35,7 +35,7 @@ class NeuralCleanse(Defense):
 
     Pictures of mask, pattern and their product are in the report: of all classes up to 20, else of the flagged ones
     and the ten with the smallest masks. All classes are inverted at once; weights get no gradient. Inversions cut short
-    are noisy and flag clean models: look at ``unsettled_classes`` in the report's values.
+    or with few images per step are noisy and flag clean classes: look at ``unsettled_classes`` in the report's values.
 
     Differs from the paper: a class for which no trigger worked is not flagged, whatever its last mask; the share of
     stamped images holds on average. Finds small static patches; triggers that cover the image or differ from image

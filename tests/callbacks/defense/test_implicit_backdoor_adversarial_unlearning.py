@@ -305,7 +305,8 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_the_backdoor_fades(attacked_small_cnn: Attacked) -> None:
     """The defaults, but for the radius, the same 0.18 per value of these smaller images, and for four times the rounds.
 
-    11 batches make a round here and 50 in the released code: about as many steps.
+    11 batches make a round here and 50 in the released code: about as many steps. The effect on this toy is modest and
+    noisy: attack success fell from 1.00 to 0.69, 0.64 and 0.86 with seeds 0, 1 and 2.
     """
     model = attacked_small_cnn.model()
     report = ImplicitBackdoorAdversarialUnlearning(rounds=20, radius=1.44).purify(model, attacked_small_cnn.data)
