@@ -75,6 +75,11 @@ class PhaseFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.final = path / "final.ckpt"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to go on from; else the phase may as well be another one."""
+        return self.last.is_file() or self.final.is_file() or (self.path / "result.json").is_file()
+
     def result(self) -> PhaseResult | None:
         """Return the phase's result, ``None`` if it has not finished."""
         file = self.path / "result.json"
@@ -141,7 +146,9 @@ class RunFolder:
                 another configuration; the message says what differs.
         """
         for file, now, what in [(self.root / "run.json", run, "this run")] + [
-            (self.phase(name).path / "phase.json", phases[name], f"phase `{name}`") for name in self._phases
+            (self.phase(name).path / "phase.json", phases[name], f"phase `{name}`")
+            for name in self._phases
+            if self.phase(name).has_begun
         ]:
             if not file.is_file():
                 continue

@@ -145,8 +145,13 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_another_configuration_of_a_phase_that_began_is_refused(tmp_path: Path) -> None:
-    open_run(tmp_path).start_phase("inject", {"split": "inject", "max_epochs": 3})
+@pytest.mark.parametrize("left", ["checkpoints/last.ckpt", "final.ckpt", "result.json"])
+def test_another_configuration_of_a_phase_that_began_is_refused(tmp_path: Path, left: str) -> None:
+    folder = open_run(tmp_path).start_phase("inject", {"split": "inject", "max_epochs": 3})
+    # Nothing was made with the old one yet.
+    open_run(tmp_path, {"inject": {"split": "inject", "max_epochs": 4}})
+    (folder.path / left).parent.mkdir(exist_ok=True)
+    (folder.path / left).touch()
     with pytest.raises(MisconfigurationException, match=r"of phase `inject`:\n  max_epochs: was 3, is 4\nGive another"):
         open_run(tmp_path, {"inject": {"split": "inject", "max_epochs": 4}})
 
