@@ -9,11 +9,11 @@ Resumable: the same command continues; what is finished is skipped. `--report` o
 
 import argparse
 import csv
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
+from _tables import mean_and_deviation, print_markdown
 
 from lightning_bd.cli import main as lightning_bd
 from lightning_bd.config_files import find_config, read_config
@@ -117,19 +117,18 @@ def collect(arguments: argparse.Namespace, defenses: dict[str, tuple[float, int]
 
 def print_table(rows: Sequence[dict[str, str]], models: Sequence[str], defenses: Sequence[str]) -> None:
     """Print clean accuracy / ASR, mean and deviation over the seeds, as Markdown."""
-    print("| attack | " + " | ".join(defenses) + " |\n|---" + "|---" * len(defenses) + "|")
+    table = []
     for model in models:
         cells = []
         for defense in defenses:
             chosen = [row for row in rows if row["model"] == model and row["defense"] == defense]
-            parts = []
-            for column in ("clean_accuracy", "attack_success_rate"):
-                values = [100 * float(row[column]) for row in chosen]
-                deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                parts.append(f"{statistics.mean(values):.1f}{deviation}" if values else "-")
-            count = len(chosen)
-            cells.append(" / ".join(parts) + (f" (n={count})" if 0 < count < 3 else ""))
-        print(f"| {model} | " + " | ".join(cells) + " |")
+            parts = [
+                mean_and_deviation([100 * float(row[column]) for row in chosen])
+                for column in ("clean_accuracy", "attack_success_rate")
+            ]
+            cells.append(" / ".join(parts) + (f" (n={len(chosen)})" if 0 < len(chosen) < 3 else ""))
+        table.append([model, *cells])
+    print_markdown(["attack", *defenses], table)
 
 
 def main() -> None:
