@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_bd.run_folder import PhaseResult
 
-__all__ = ("print_metrics", "print_results", "results_table")
+__all__ = ("print_metrics", "print_results", "results_table", "wide_console")
 
 
 def results_table(results: Sequence[PhaseResult], title: str = "Test set, after each phase") -> Table:
@@ -57,6 +57,12 @@ def _percent(rate: float | None) -> str:
     return "unknown" if rate is None else f"{100 * rate:.1f}"
 
 
+def wide_console() -> Console:
+    """Return the terminal; a log file is not a narrow one, and gets the room that a table needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Print one row per metric, in percent.
 
@@ -77,9 +83,6 @@ def print_results(results: Sequence[PhaseResult], folder: Path, title: str = "Te
         folder: The run's folder.
         title: Above the table.
     """
-    console = Console()
-    # A log file is not a narrow terminal: give the table the room it needs.
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = wide_console()
     console.print(results_table(results, title))
     console.print(f"Results, checkpoints and TensorBoard logs: {folder}", soft_wrap=True, markup=False)

@@ -31,14 +31,14 @@ class ChannelLipschitzPruning(Defense):
     whose weights are frozen are left alone.
 
     It finds what the paper supposes, triggers that change the image little: on digits 8 pixels wide, a corner made
-    brighter by 0.4 was forgotten with ``u=3``, a white one at no ``u`` that kept the accuracy, because a patch of full
-    contrast needs no large Lipschitz constant. Of a layer of 10 channels or fewer ``u=3`` can never prune any. The
-    report's note tells how many channels were pruned.
+    brighter by 0.4 was forgotten with ``u=3`` (a setting that was searched for with attack success in view), a white
+    one at no ``u`` that kept the accuracy, because a patch of full contrast needs no large Lipschitz constant. Of a
+    layer of 10 channels or fewer ``u=3`` can never prune any. The report's note tells how many channels were pruned.
 
     Use it with ``max_epochs: 0``: it is the whole defense.
 
     Args:
-        u: Standard deviations above the layer's mean, at least 0; the paper's is 3 for ResNet-18 on CIFAR-10. Of
+        u: Standard deviations above the layer's mean, at least 0; usually 3 for ResNet-18 on CIFAR-10. Of
             several the smallest is taken whose clean validation accuracy drops by at most ``max_drop``.
         max_drop: Largest tolerated drop of the validation accuracy, in [0, 1], where ``u`` is several; 0.01 is one
             point.

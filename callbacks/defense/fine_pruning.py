@@ -37,7 +37,7 @@ class FinePruning(Defense):
 
     Args:
         max_drop: Largest tolerated drop of the validation accuracy by pruning, in [0, 1]; 0.01 is one point;
-            paper: 0.04.
+            0.04 is usual.
         epochs: Epochs of fine-tuning, at least 0; 0 only prunes (as `SBL <https://arxiv.org/abs/2407.14738>`_ does).
             The run's cap applies.
         learning_rate: Of fine-tuning, positive; SBL's recipe of fine-tuning: 0.01.

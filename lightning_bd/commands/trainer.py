@@ -4,7 +4,6 @@ from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from rich.console import Console
 from rich.table import Table
 
 from lightning_bd.checkpointing import check_weights, read_checkpoint
@@ -19,7 +18,7 @@ from lightning_bd.phase_run import PhaseRun, is_first_process
 from lightning_bd.phases import MultiPhaseTrainer
 from lightning_bd.quiet import threads
 from lightning_bd.reports import plot_stages
-from lightning_bd.results_table import print_results
+from lightning_bd.results_table import print_results, wide_console
 
 __all__ = ("CommandTrainer",)
 
@@ -195,7 +194,7 @@ class CommandTrainer(MultiPhaseTrainer):
             table = Table(*rows[0], title=f"Sharpness of {path}")
             for row in rows:
                 table.add_row(*row.values())
-            Console().print(table)
+            wide_console().print(table)
 
 
 def _own_data(datamodule: LightningDataModule) -> ImageDataModule:
