@@ -1,7 +1,7 @@
 """What the tests of callbacks share: a user's module and its data, trainers, and a loop by hand."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class At:
 class Module(LightningModule):
     """A user's module. Every batch has a seed, so that the loop by hand can draw the same dropout masks."""
 
-    def __init__(self, net: nn.Module, **sgd: Any) -> None:  # noqa: ANN401
+    def __init__(self, net: nn.Module, **sgd: Any) -> None:
         super().__init__()
         self.net, self.sgd = net, {"lr": 0.05, "momentum": 0.9, **sgd}
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
@@ -96,6 +96,9 @@ class SavesFirstEpoch(Callback):
 class Lab:
     """Makes what a test of a callback needs."""
 
+    def settings(self, **values: Any) -> Settings:
+        return Settings(**values)
+
     def net(self) -> nn.Sequential:
         """One whose output depends on mode, buffers and random numbers; always the same."""
         torch.manual_seed(0)
@@ -113,7 +116,7 @@ class Lab:
         columns = (torch.cat(column) for column in zip(*batches, strict=True))
         return DataLoader(TensorDataset(*columns), batch_size=len(batches[0][0]), shuffle=shuffle)
 
-    def module(self, *hooks: type[LightningModule], net: nn.Module | None = None, **sgd: Any) -> Module:  # noqa: ANN401
+    def module(self, *hooks: type[LightningModule], net: nn.Module | None = None, **sgd: Any) -> Module:
         """The module of a user who overrides what ``hooks`` do; it is named after the first of them."""
         name = hooks[0].__name__ if hooks else "Module"
         made: Module = type(name, (*hooks, Module), {})(net or self.net(), **sgd)
@@ -184,7 +187,8 @@ class Lab:
         for step, window in enumerate(windows):
             backward(step, window)
             if settings.rho:
-                self._perturbed(net, settings.rho, lambda step=step, window=window: backward(step, window, True))
+                with self._perturbed(net, settings.rho):
+                    backward(step, window, again=True)
             scaler.unscale_(opt)
             if change is not None:
                 change(step, scaler.get_scale())
@@ -196,15 +200,16 @@ class Lab:
                 after(window[-1][1])
         return scaler
 
-    def _perturbed(self, net: nn.Module, rho: float, backward: Callable[[], None]) -> None:
-        """Leave the gradients of SAM's second pass, and weights and buffers as they were."""
+    @contextmanager
+    def _perturbed(self, net: nn.Module, rho: float) -> Iterator[None]:
+        """For SAM's second pass; weights and buffers are put back."""
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         weights, buffers = [p.detach().clone() for p in net.parameters()], [b.clone() for b in net.buffers()]
         with torch.no_grad():
             for p, g in zip(net.parameters(), gradients, strict=True):
                 p.add_(rho * g / norm)
-        backward()
+        yield
         with torch.no_grad():
             for now, before in zip([*net.parameters(), *net.buffers()], [*weights, *buffers], strict=True):
                 now.copy_(before)

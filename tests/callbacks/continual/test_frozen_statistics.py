@@ -1,6 +1,9 @@
 """Frozen running statistics through a Trainer: what stays, what is put back."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bd.callbacks.continual.frozen_statistics import FrozenRunningStatistics
 from lightning_bd.callbacks.flatness import SharpnessAwareMinimization
+
+if TYPE_CHECKING:
+    from tests.callbacks.conftest import Lab
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -116,19 +122,10 @@ def test_manual_optimization() -> None:
     assert not torch.equal(weight, module.net.state_dict()["0.weight"])
 
 
-class SavesFirstEpoch(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
-def test_a_checkpoint_holds_no_trace(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_no_trace(lab: Lab, tmp_path: Path) -> None:
     whole, path = Module(), tmp_path / "first.ckpt"
     before = statistics(whole)
-    make_trainer(FrozenRunningStatistics(), SavesFirstEpoch(path)).fit(whole, make_loader())
+    make_trainer(FrozenRunningStatistics(), lab.saves_first_epoch(path)).fit(whole, make_loader())
     resumed = Module()
     make_trainer(FrozenRunningStatistics()).fit(resumed, make_loader(), ckpt_path=path, weights_only=True)
     assert_equal(whole.state_dict(), resumed.state_dict())

@@ -1,8 +1,10 @@
 """What a later fit builds on: several tasks with one object, with several, cut, resumed and failed."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from lightning_bd.functional.fisher import fisher_diagonal
 from lightning_bd.functional.memory_aware import memory_aware_importance
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import BadNets
+
+if TYPE_CHECKING:
+    from tests.callbacks.conftest import Lab
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -172,15 +177,6 @@ def test_another_object_goes_on_from_a_file(make: Make, tmp_path: Path) -> None:
     assert_equal_callbacks(callback, same)
 
 
-class SavesFirstEpoch(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
 class FailsInSecondEpoch(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 1:
@@ -189,14 +185,14 @@ class FailsInSecondEpoch(Callback):
 
 @all_of_them
 @pytest.mark.parametrize("who", ["same object", "new object", "new object with carried state"])
-def test_a_cut_fit_counts_once_when_it_is_resumed(make: Make, who: str, tmp_path: Path) -> None:
+def test_a_cut_fit_counts_once_when_it_is_resumed(lab: Lab, make: Make, who: str, tmp_path: Path) -> None:
     expected, reference = three_tasks(make)
     module, callback, path = Module(), make(1), tmp_path / "first.ckpt"
     make_trainer(callback).fit(module, make_loader(1))
     carried = callback.carried_state()
     reuse(callback, 2)
     with pytest.raises(OSError, match="cut"):
-        make_trainer(callback, FailsInSecondEpoch(), SavesFirstEpoch(path)).fit(module, make_loader(2))
+        make_trainer(callback, FailsInSecondEpoch(), lab.saves_first_epoch(path)).fit(module, make_loader(2))
     if who != "same object":
         callback, module = make(2), Module()
     if who.endswith("carried state"):

@@ -1,30 +1,33 @@
 """Synaptic intelligence through a Trainer against loops written by hand; the module knows nothing of it."""
 
+from __future__ import annotations
+
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bd.callbacks.continual.synaptic_intelligence import SynapticIntelligence
 from lightning_bd.callbacks.flatness import SharpnessAwareMinimization
+
+if TYPE_CHECKING:
+    from tests.callbacks.conftest import Batch, Lab, Module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning 2.6 on torch 2.15
 ]
 
-Batch = tuple[Tensor, Tensor]
 Tensors = dict[str, Tensor]
 STRENGTH, XI = 3.0, 0.1
 TASKS = (1, 2, 3)
@@ -35,66 +38,15 @@ def make_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
 
 
-def make_batches(task: int) -> list[Batch]:
-    """Five batches of eight images: with two in a step, the last step has one."""
-    generator = torch.Generator().manual_seed(task)
-    images = torch.randn(5, 8, 1, 6, 6, generator=generator)
-    return list(zip(images, torch.randint(3, (5, 8), generator=generator), strict=True))
-
-
-def make_loader(task: int) -> DataLoader[tuple[Tensor, ...]]:
-    images, labels = zip(*make_batches(task), strict=True)
-    return DataLoader(TensorDataset(torch.cat(images), torch.cat(labels)), batch_size=8)
-
-
-class Module(LightningModule):
-    """A user's module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_net()
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
-        self.fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits
-
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01, fused=self.fused)
-
-
-def make_trainer(
-    *callbacks: Callback,
-    epochs: int = 2,
-    accumulate: int = 1,
-    clip: float | None = None,
-    precision: Literal["bf16-mixed"] | None = None,
-    plugins: list[Any] | None = None,
-) -> Trainer:
-    return Trainer(
-        callbacks=list(callbacks),
-        max_epochs=epochs,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
-        precision=precision,
-        plugins=plugins,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+def make_module(lab: Lab, *hooks: type[LightningModule], net: nn.Module | None = None) -> Module:
+    return lab.module(*hooks, net=net or make_net(), weight_decay=0.01)
 
 
 @dataclass
 class ByHand:
     """Tasks in plain PyTorch; the task's gradient is kept apart from the penalty's, which autograd makes."""
 
+    lab: Lab
     accumulate: int = 1
     clip: float | None = None
     rho: float = 0.0
@@ -104,7 +56,7 @@ class ByHand:
     importance: Tensors = field(default_factory=dict)
     path: Tensors = field(default_factory=dict)
 
-    def run(self, *tasks: int) -> "ByHand":
+    def run(self, *tasks: int) -> ByHand:
         for task in tasks:
             self.fit(task, torch.amp.GradScaler("cpu", enabled=False))
         return self
@@ -132,7 +84,7 @@ class ByHand:
                     sum_[index] += of_task[index] + of_penalty[index]
             return task_sum, sum_
 
-        batches = make_batches(task)
+        batches = self.lab.batches(task)
         for start in [*range(0, len(batches), self.accumulate)] * self.epochs:
             window = batches[start : start + self.accumulate]
             of_task, total = gradients(window)
@@ -162,11 +114,6 @@ class ByHand:
             self.importance[name] = importance[name] + self.path[name].clamp(min=0) / (moved**2 + XI)
 
 
-def assert_equal_nets(actual: nn.Module, expected: nn.Module, atol: float = 1e-6) -> None:
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(actual.state_dict()[name], value, rtol=0, atol=atol, msg=name)
-
-
 def assert_equal_importance(callback: SynapticIntelligence, expected: Tensors, rtol: float = 1e-4) -> None:
     carried = callback.carried_state()["carried"]
     assert set(carried) == {f"net.{name}" for name in expected}
@@ -176,87 +123,82 @@ def assert_equal_importance(callback: SynapticIntelligence, expected: Tensors, r
 
 
 def fit(
-    callback: Callback, module: LightningModule, first: int, *others: int, sam: float = 0.0, **options: Any
+    lab: Lab, callback: Callback, module: LightningModule, first: int, *others: int, sam: float = 0.0, **options: Any
 ) -> Trainer:
     for task in (first, *others):
         extra = [SharpnessAwareMinimization(rho=sam)] if sam else []
-        trainer = make_trainer(*extra, callback, **options)
-        trainer.fit(module, make_loader(task))
+        trainer = lab.trainer(*extra, callback, **options)
+        trainer.fit(module, lab.loader(lab.batches(task)))
     return trainer
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.2])
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, None), (1, 0.3), (2, 0.3)])
-def test_three_tasks_with_one_object(accumulate: int, clip: float | None, rho: float) -> None:
-    module, callback = Module(), SynapticIntelligence(STRENGTH, XI)
-    fit(callback, module, *TASKS, sam=rho, accumulate=accumulate, clip=clip)
-    expected = ByHand(accumulate, clip, rho).run(*TASKS)
-    assert_equal_nets(module.net, expected.net, atol=5e-6)
+def test_three_tasks_with_one_object(lab: Lab, accumulate: int, clip: float | None, rho: float) -> None:
+    module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
+    fit(lab, callback, module, *TASKS, sam=rho, settings=lab.settings(accumulate=accumulate, clip=clip))
+    expected = ByHand(lab, accumulate, clip, rho).run(*TASKS)
+    lab.assert_equal_states(module.net, expected.net, atol=5e-6)
     assert_equal_importance(callback, expected.importance, rtol=1e-3)
-    plain = Module()
+    plain = make_module(lab)
     for task in TASKS:
-        make_trainer(accumulate=accumulate, clip=clip).fit(plain, make_loader(task))
-    distance = max(
-        float((a - b).detach().abs().max()) for a, b in zip(module.parameters(), plain.parameters(), strict=True)
-    )
-    assert distance > 1e-4
+        lab.trainer(settings=lab.settings(accumulate=accumulate, clip=clip)).fit(plain, lab.loader(lab.batches(task)))
+    assert lab.distance(module, plain) > 1e-4
 
 
-def test_bf16() -> None:
-    module, callback = Module(), SynapticIntelligence(STRENGTH, XI)
-    fit(callback, module, 1, 2, precision="bf16-mixed")
-    expected = ByHand(dtype=torch.bfloat16).run(1, 2)
-    assert_equal_nets(module.net, expected.net, atol=1e-5)
+def test_bf16(lab: Lab) -> None:
+    module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
+    fit(lab, callback, module, 1, 2, settings=lab.settings(bf16=True))
+    expected = ByHand(lab, dtype=torch.bfloat16).run(1, 2)
+    lab.assert_equal_states(module.net, expected.net, atol=1e-5)
     assert_equal_importance(callback, expected.importance, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("exponent", "fused"), [(10, False), (25, False), (10, True)])
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_fp16_with_a_scaler(exponent: int, fused: bool) -> None:
+def test_fp16_with_a_scaler(lab: Lab, exponent: int, fused: bool) -> None:
     """With the large scale steps overflow and are skipped; a fused optimizer unscales by itself."""
-    module, callback = Module(), SynapticIntelligence(STRENGTH, XI)
-    module.fused = fused
-    expected = ByHand(dtype=torch.float16, epochs=4)
+    module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
+    module.sgd["fused"] = fused
+    expected = ByHand(lab, dtype=torch.float16, epochs=4)
     for task in (1, 2):
-        scaler, by_hand = (torch.amp.GradScaler("cpu", init_scale=2.0**exponent) for _ in range(2))
-        trainer = make_trainer(callback, epochs=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-        trainer.fit(module, make_loader(task))
+        settings = lab.settings(exponent=exponent)
+        trainer, by_hand = lab.trainer(callback, epochs=4, settings=settings), settings.scaler()
+        trainer.fit(module, lab.loader(lab.batches(task)))
         expected.fit(task, by_hand)
+        scaler = trainer.precision_plugin.scaler  # type: ignore[attr-defined]
         assert (scaler.get_scale() < 2.0**exponent) == (exponent > 10)
         assert scaler.get_scale() == by_hand.get_scale()
-    assert_equal_nets(module.net, expected.net, atol=1e-4)
+    lab.assert_equal_states(module.net, expected.net, atol=1e-4)
     assert_equal_importance(callback, expected.importance, rtol=1e-2)
     assert max(float(value.max()) for value in expected.importance.values()) > 0
 
 
-def test_half_precision_weights() -> None:
-    module, callback = Module(), SynapticIntelligence(STRENGTH, XI)
-    fit(callback, module, 1, 2, plugins=[HalfPrecision("bf16-true")])
+def test_half_precision_weights(lab: Lab) -> None:
+    module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
+    fit(lab, callback, module, 1, 2, plugins=[HalfPrecision("bf16-true")])
     state = callback.state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in state["path"].values())
     assert any(bool(tensor.any()) for tensor in state["path"].values())
     assert state["anchor"]["net.4.weight"].dtype == torch.bfloat16
 
 
-def test_path_integral_is_the_decrease_of_the_loss() -> None:
+def test_path_integral_is_the_decrease_of_the_loss(lab: Lab) -> None:
     """For small steps of gradient descent on one batch; the penalty's part is not in it."""
 
-    class Slow(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 
+    class Slow(LightningModule):
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.net.parameters(), lr=2e-3)
+            return torch.optim.SGD(net.parameters(), lr=2e-3)
 
     def fit_one_batch(task: int) -> float:
-        images, labels = make_batches(task)[0]
+        images, labels = lab.batches(task)[0]
         before = F.cross_entropy(module(images), labels).detach()
-        loader = DataLoader(TensorDataset(images, labels), batch_size=8)
-        make_trainer(callback, epochs=100).fit(module, loader)
+        lab.trainer(callback, epochs=100).fit(module, lab.loader([(images, labels)]))
         return float(before - F.cross_entropy(module(images), labels).detach())
 
-    module, callback = Slow(), SynapticIntelligence(strength=5.0, xi=1e-3)
+    module, callback = make_module(lab, Slow, net=net), SynapticIntelligence(strength=5.0, xi=1e-3)
     for task in (1, 2):
         decrease = fit_one_batch(task)
         path = sum(float(tensor.sum()) for tensor in callback.state_dict()["path"].values())
@@ -264,13 +206,13 @@ def test_path_integral_is_the_decrease_of_the_loss() -> None:
         assert decrease > 0.01
 
 
-def test_a_weight_that_made_the_loss_worse_does_not_count() -> None:
-    class Decays(Module):
+def test_a_weight_that_made_the_loss_worse_does_not_count(lab: Lab) -> None:
+    class Decays(LightningModule):
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.net.parameters(), lr=0.05, weight_decay=5.0)
+            return torch.optim.SGD(self.get_submodule("net").parameters(), lr=0.05, weight_decay=5.0)
 
     callback = SynapticIntelligence(STRENGTH, XI)
-    fit(callback, Decays(), 1)
+    fit(lab, callback, make_module(lab, Decays), 1)
     path, importance = callback.state_dict()["path"], callback.carried_state()["carried"]
     assert any(bool((tensor < 0).any()) for tensor in path.values())
     for name, tensor in path.items():
@@ -278,46 +220,37 @@ def test_a_weight_that_made_the_loss_worse_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.0, STRENGTH])
-def test_the_first_task_is_the_plain_run(strength: float) -> None:
-    module, plain = Module(), Module()
+def test_the_first_task_is_the_plain_run(lab: Lab, strength: float) -> None:
+    module, plain = make_module(lab), make_module(lab)
     callback = SynapticIntelligence(strength, XI)
-    fit(callback, module, 1)
-    make_trainer().fit(plain, make_loader(1))
+    fit(lab, callback, module, 1)
+    lab.trainer().fit(plain, lab.loader(lab.batches(1)))
     assert all(torch.equal(plain.state_dict()[key], value) for key, value in module.state_dict().items())
     assert all(value.any() for name, value in callback.carried_state()["carried"].items() if "weight" in name)
 
 
-def test_zero_strength_is_the_plain_run_and_keeps_account() -> None:
-    module, plain, callback = Module(), Module(), SynapticIntelligence(0.0, XI)
-    trainer = fit(callback, module, 1, 2)
+def test_zero_strength_is_the_plain_run_and_keeps_account(lab: Lab) -> None:
+    module, plain, callback = make_module(lab), make_module(lab), SynapticIntelligence(0.0, XI)
+    trainer = fit(lab, callback, module, 1, 2)
     for task in (1, 2):
-        make_trainer().fit(plain, make_loader(task))
+        lab.trainer().fit(plain, lab.loader(lab.batches(task)))
     assert all(torch.equal(plain.state_dict()[key], value) for key, value in module.state_dict().items())
     assert not trainer.callback_metrics
     first = SynapticIntelligence(STRENGTH, XI)
     first.carry_over(callback.carried_state())
-    assert fit(first, module, 3).callback_metrics["si/penalty"] > 0
-
-
-class SavesFirstEpoch(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
+    assert fit(lab, first, module, 3).callback_metrics["si/penalty"] > 0
 
 
 @pytest.mark.parametrize("earlier", [(), (1,)])
-def test_resume_goes_on(tmp_path: Path, earlier: tuple[int, ...]) -> None:
-    whole, resumed, path = Module(), Module(), tmp_path / "first.ckpt"
+def test_resume_goes_on(lab: Lab, tmp_path: Path, earlier: tuple[int, ...]) -> None:
+    whole, resumed, path = make_module(lab), make_module(lab), tmp_path / "first.ckpt"
     callback = SynapticIntelligence(STRENGTH, XI)
     for task in earlier:
-        fit(callback, whole, task)
-    make_trainer(callback, SavesFirstEpoch(path), accumulate=2).fit(whole, make_loader(2))
+        fit(lab, callback, whole, task)
+    lab.trainer(callback, lab.saves_first_epoch(path), accumulate=2).fit(whole, lab.loader(lab.batches(2)))
     again = SynapticIntelligence(STRENGTH, XI)
-    make_trainer(again, accumulate=2).fit(resumed, make_loader(2), ckpt_path=path, weights_only=True)
-    assert_equal_nets(resumed.net, whole.net, atol=0)
+    lab.trainer(again, accumulate=2).fit(resumed, lab.loader(lab.batches(2)), ckpt_path=path, weights_only=True)
+    lab.assert_equal_states(resumed.net, whole.net, atol=0)
     for key in ("importance", "anchor", "path"):
         expected = callback.state_dict()[key]
         assert all(torch.equal(again.state_dict()[key][name], tensor) for name, tensor in expected.items())
@@ -325,35 +258,35 @@ def test_resume_goes_on(tmp_path: Path, earlier: tuple[int, ...]) -> None:
     assert all(torch.equal(again.carried_state()["carried"][name], tensor) for name, tensor in carried.items())
 
 
-def test_a_finished_fit_may_still_be_resumed(tmp_path: Path) -> None:
-    whole, resumed, path = Module(), Module(), tmp_path / "end.ckpt"
+def test_a_finished_fit_may_still_be_resumed(lab: Lab, tmp_path: Path) -> None:
+    whole, resumed, path = make_module(lab), make_module(lab), tmp_path / "end.ckpt"
     callback = SynapticIntelligence(STRENGTH, XI)
-    fit(callback, whole, 1)
-    fit(callback, whole, 2, epochs=4)
+    fit(lab, callback, whole, 1)
+    fit(lab, callback, whole, 2, epochs=4)
     again = SynapticIntelligence(STRENGTH, XI)
-    fit(again, resumed, 1)
-    fit(again, resumed, 2, epochs=2).save_checkpoint(path)
+    fit(lab, again, resumed, 1)
+    fit(lab, again, resumed, 2, epochs=2).save_checkpoint(path)
     for one in (again, SynapticIntelligence(STRENGTH, XI)):
-        module = Module()
-        make_trainer(one, epochs=4).fit(module, make_loader(2), ckpt_path=path, weights_only=True)
-        assert_equal_nets(module.net, whole.net, atol=0)
+        module = make_module(lab)
+        lab.trainer(one, epochs=4).fit(module, lab.loader(lab.batches(2)), ckpt_path=path, weights_only=True)
+        lab.assert_equal_states(module.net, whole.net, atol=0)
         assert torch.equal(
             one.carried_state()["carried"]["net.4.weight"], callback.carried_state()["carried"]["net.4.weight"]
         )
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
-def test_batches_without_a_loss() -> None:
+def test_batches_without_a_loss(lab: Lab) -> None:
     """Steps without a gradient, and windows in which some batches have none."""
 
-    class Skips(Module):
+    class Skips(LightningModule):
         def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
             return None if batch_idx in (1, 2, 3) else super().training_step(batch, batch_idx)
 
-    def run(*callbacks: Callback) -> Skips:
-        module = Skips()
+    def run(*callbacks: Callback) -> Module:
+        module = make_module(lab, Skips)
         for task in (1, 2):
-            make_trainer(*callbacks, accumulate=2).fit(module, make_loader(task))
+            lab.trainer(*callbacks, accumulate=2).fit(module, lab.loader(lab.batches(task)))
         return module
 
     callback = SynapticIntelligence(1e-30, XI)
@@ -362,24 +295,20 @@ def test_batches_without_a_loss() -> None:
     assert all(bool(torch.isfinite(value).all()) for value in callback.carried_state()["carried"].values())
 
 
-def test_parameters_that_the_loss_does_not_use() -> None:
-    class Unused(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unused = nn.Linear(2, 2)
-
-    module, callback = Unused(), SynapticIntelligence(STRENGTH, XI)
-    before = module.unused.weight.detach().clone()
-    fit(callback, module, 1, 2)
-    assert torch.equal(module.unused.weight, before)
-    assert module.unused.weight.grad is None
+def test_parameters_that_the_loss_does_not_use(lab: Lab) -> None:
+    module, callback, unused = make_module(lab), SynapticIntelligence(STRENGTH, XI), nn.Linear(2, 2)
+    module.unused = unused
+    before = unused.weight.detach().clone()
+    fit(lab, callback, module, 1, 2)
+    assert torch.equal(unused.weight, before)
+    assert unused.weight.grad is None
     assert not callback.carried_state()["carried"]["unused.weight"].any()
 
 
-def test_penalty_and_share_are_logged() -> None:
-    module, callback = Module(), SynapticIntelligence(STRENGTH, XI)
-    fit(callback, module, 1)
-    trainer = fit(callback, module, 2, accumulate=2)
+def test_penalty_and_share_are_logged(lab: Lab) -> None:
+    module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
+    fit(lab, callback, module, 1)
+    trainer = fit(lab, callback, module, 2, accumulate=2)
     state = callback.state_dict()
     weights = dict(module.named_parameters())
     terms = [(v * (weights[name] - state["anchor"][name]) ** 2).sum() for name, v in state["importance"].items()]
@@ -387,28 +316,21 @@ def test_penalty_and_share_are_logged() -> None:
     assert 0 < trainer.callback_metrics["si/share"] < 1
 
 
-def test_exception_lets_go_of_the_module() -> None:
+def test_exception_lets_go_of_the_module(lab: Lab) -> None:
     class Fails(Callback):
         def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
             if trainer.global_step == 2:
                 raise OSError("broken")
 
-    module, callback = Module(), SynapticIntelligence(STRENGTH, XI)
-    fit(callback, module, 1)
+    module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
+    fit(lab, callback, module, 1)
     carried = copy.deepcopy(callback.carried_state())
     with pytest.raises(OSError, match="broken"):
-        make_trainer(callback, Fails()).fit(module, make_loader(2))
+        lab.trainer(callback, Fails()).fit(module, lab.loader(lab.batches(2)))
     assert callback._penalty is None
     assert callback._step is None
     assert not callback._penalty_gradient
     assert all(torch.equal(v, carried["carried"][n]) for n, v in callback.carried_state()["carried"].items())
-
-
-def test_manual_optimization_is_refused() -> None:
-    module = Module()
-    module.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="`SynapticIntelligence` needs automatic optimization"):
-        make_trainer(SynapticIntelligence()).fit(module, make_loader(1))
 
 
 @pytest.mark.parametrize(
@@ -422,3 +344,10 @@ def test_manual_optimization_is_refused() -> None:
 def test_arguments_are_checked(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SynapticIntelligence(**arguments)
+
+
+def test_manual_optimization_is_refused(lab: Lab) -> None:
+    module = make_module(lab)
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="`SynapticIntelligence` needs automatic optimization"):
+        lab.trainer(SynapticIntelligence()).fit(module, lab.loader(lab.batches(1)))

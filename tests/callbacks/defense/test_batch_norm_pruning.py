@@ -1,12 +1,12 @@
 """Batch-norm pruning against torch.distributions on all inputs at once, and on attacked models."""
 
-import copy
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torchvision.models import VisionTransformer
@@ -14,10 +14,6 @@ from torchvision.models import VisionTransformer
 from lightning_bd import backbones
 from lightning_bd.callbacks.defense.base import DefenderData, NotApplicableError
 from lightning_bd.callbacks.defense.batch_norm_pruning import BatchNormPruning
-from lightning_bd.datamodules import DigitsDataModule
-
-Pairs = Iterator[tuple[Tensor, Tensor]]
-IMAGES = torch.rand(14, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "small_cnn": lambda: backbones.small_cnn(3, in_channels=1, width=16),
@@ -27,137 +23,74 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "flat": lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)),
 }
 
+if TYPE_CHECKING:
+    from tests.callbacks.defense.conftest import Attacked, Statistics
 
-class Attacked(Protocol):
-    """What conftest's fixtures are."""
-
-    trained: nn.Module
-    data: DefenderData
-    datamodule: DigitsDataModule
-
-    def model(self) -> nn.Module: ...
-    def rates(self, model: nn.Module) -> tuple[float, float]: ...
-    def check_removed(self, model: nn.Module) -> tuple[float, float]: ...
+NAMES = ("small_cnn", "resnet18", "preact_resnet18", "vgg11_bn", "flat")
 
 
-def make_model(name: str) -> nn.Module:
-    """A network whose statistics come from other images; partly in training mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = NETWORKS[name]()
+def make_model(statistics: Statistics, name: str) -> nn.Module:
+    """Its statistics come from other images."""
+
+    def prepare(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.1)
                 nn.init.normal_(module.bias)
-        model.train()
         for _ in range(5):
             model(torch.rand(16, 1, 16, 16).square())
-    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.Linear)).eval()
-    return model
+
+    return statistics.model(name, prepare)
 
 
-def refuse() -> Pairs:
-    raise AssertionError("not to be looked at")
-
-
-def make_data(images: Tensor = IMAGES) -> DefenderData:
-    """Batches of uneven sizes; only epoch 0 has any."""
-    labels = torch.zeros(len(images)).long()
-    return DefenderData(
-        lambda epoch: iter(
-            list(zip(torch.split(images, 5), torch.split(labels, 5), strict=True)) if epoch == 0 else []
-        ),
-        refuse,
-        3,
-    )
-
-
-def inputs_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What goes into each normalisation, as float64 ``(C, N)``, in one forward pass of a copy."""
-    found: dict[str, Tensor] = {}
-    twin = copy.deepcopy(model).eval()
-    for name, module in twin.named_modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-
-            def keep(module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                found[name] = inputs[0].double().swapaxes(0, 1).flatten(1)
-
-            module.register_forward_pre_hook(keep)
-    with torch.no_grad():
-        twin(images)
-    return found
+def make_data(statistics: Statistics, images: Tensor | None = None) -> DefenderData:
+    return statistics.data(statistics.images(14) if images is None else images, 5)
 
 
 @pytest.mark.parametrize("u", [1.0, 1.5])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_equals_torch_distributions(name: str, u: float) -> None:
-    model = make_model(name)
-    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    counts = {}
-    for norm, values in inputs_of(model, IMAGES).items():
-        clean = Normal(values.mean(1), (values.var(1) + 1e-5).sqrt())
-        stored = Normal(
-            expected[f"{norm}.running_mean"].double(), (expected[f"{norm}.running_var"].double() + 1e-5).sqrt()
-        )
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_torch_distributions(statistics: Statistics, name: str, u: float) -> None:
+    model, pruned = make_model(statistics, name), {}
+    for norm, values in statistics.inputs(model, statistics.images(14)).items():
+        channels = values.swapaxes(0, 1).flatten(1)
+        mean, var = (model.state_dict()[f"{norm}.running_{key}"].double() for key in ("mean", "var"))
+        clean = Normal(channels.mean(1), (channels.var(1) + 1e-5).sqrt())
+        stored = Normal(mean, (var + 1e-5).sqrt())
         divergence = kl_divergence(clean, stored)
-        above = divergence > divergence.mean() + u * divergence.std()
-        expected[f"{norm}.weight"][above] = 0
-        expected[f"{norm}.bias"][above] = 0
-        counts[f"pruned/{norm}"] = int(above.sum())
-    report = BatchNormPruning(u).purify(model, make_data())
-    assert sum(counts.values()) > 0
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[key]), key
-    assert {key: value for key, value in report.values.items() if "/" in key} == counts
-    assert report.values["pruned"] == sum(counts.values())
-    assert report.note == f"pruned {sum(counts.values())} of {int(report.values['channels'])} channels"
+        pruned[norm] = (norm, divergence > divergence.mean() + u * divergence.std())
+    statistics.check_pruned(BatchNormPruning(u), model, make_data(statistics), pruned)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_leaves_no_trace(name: str) -> None:
-    model = make_model(name)
-    modes = {key: module.training for key, module in model.named_modules()}
-    assert len(set(modes.values())) == 2
-    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    report = BatchNormPruning(1e6).purify(model, make_data())
-    assert report.values["pruned"] == 0
-    assert "no channel exceeded the threshold" in report.note
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert {key: module.training for key, module in model.named_modules()} == modes
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_no_trace(statistics: Statistics, name: str) -> None:
+    statistics.check_no_trace(BatchNormPruning(1e6), make_model(statistics, name), make_data(statistics))
 
 
-def test_batches_do_not_matter_and_two_runs_agree() -> None:
-    models = [make_model("resnet18") for _ in range(3)]
-    whole = DefenderData(lambda epoch: iter([(IMAGES, torch.zeros(14))]), refuse, 3)
+def test_batches_do_not_matter_and_two_runs_agree(statistics: Statistics) -> None:
+    models = [make_model(statistics, "resnet18") for _ in range(3)]
+    whole = DefenderData(lambda epoch: iter([(statistics.images(14), torch.zeros(14))]), statistics.refuse, 3)
     reports = [
         BatchNormPruning(1.5).purify(model, data)
-        for model, data in zip(models, (make_data(), make_data(), whole), strict=True)
+        for model, data in zip(models, (make_data(statistics), make_data(statistics), whole), strict=True)
     ]
     assert reports[0] == reports[1] == reports[2]
     for model in models[1:]:
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
 
 
-def test_a_channel_that_is_silent_on_clean_data_is_pruned() -> None:
+def test_a_channel_that_is_silent_on_clean_data_is_pruned(statistics: Statistics) -> None:
     """Its clean variance is 0: without eps the divergence would be infinite, and the layer's mean unknown."""
     model = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 2)).eval()
     points = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     points[:, 3] = 0
-    report = BatchNormPruning().purify(model, make_data(points))
+    report = BatchNormPruning().purify(model, make_data(statistics, points))
     assert report.values["pruned"] == 1
     assert (model[0].weight == 0).nonzero().flatten().tolist() == [3]  # type: ignore[union-attr]
 
 
-def test_frozen_and_unused_layers_are_left_alone() -> None:
-    model = make_model("small_cnn")
-    model.add_module("unused", nn.BatchNorm2d(16))
-    frozen = model.get_submodule("features.1").requires_grad_(False)
-    weight = frozen.weight.clone()  # type: ignore[operator]
-    report = BatchNormPruning(0.0).purify(model, make_data())
-    assert torch.equal(frozen.weight, weight)  # type: ignore[arg-type]
+def test_frozen_and_unused_layers_are_left_alone(statistics: Statistics) -> None:
+    model = make_model(statistics, "small_cnn")
+    report = statistics.check_unused_left_alone(BatchNormPruning(0.0), model, make_data(statistics))
     assert list(report.values) == ["u", "pruned", "channels", "pruned/features.5"]
     assert report.values["channels"] == 32
 
@@ -167,30 +100,28 @@ def test_frozen_and_unused_layers_are_left_alone() -> None:
     [
         lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16, track_running_stats=False)),
         lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16, affine=False)),
-        lambda: make_model("resnet18").requires_grad_(False),
         lambda: VisionTransformer(16, 8, 1, 2, 8, 8, num_classes=3),
+        None,
     ],
 )
-def test_not_applicable(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(NotApplicableError, match="needs a batch normalisation that has some"):
-        BatchNormPruning(0.0).purify(model, make_data())
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+def test_not_applicable(statistics: Statistics, make: Callable[[], nn.Module] | None) -> None:
+    """The last is frozen."""
+    model, images = make() if make else make_model(statistics, "resnet18").requires_grad_(False), statistics.images(14)
+    message = "needs a batch normalisation that has some"
+    statistics.check_refused(BatchNormPruning(0.0), model, make_data(statistics, images), message)
 
 
-def test_a_normalisation_that_never_runs() -> None:
+def test_no_training_images(statistics: Statistics) -> None:
+    statistics.check_empty_refused(BatchNormPruning(), make_model(statistics, "small_cnn"))
+
+
+def test_a_normalisation_that_never_runs(statistics: Statistics) -> None:
     model = nn.Sequential(nn.Flatten())
     model.register_module("unused", None)
     model.unused = nn.BatchNorm1d(4)
     model.forward = lambda images: images.flatten(1)  # type: ignore[method-assign]
     with pytest.raises(NotApplicableError, match="this model has none"):
-        BatchNormPruning().purify(model, make_data())
-
-
-def test_no_training_images() -> None:
-    with pytest.raises(MisconfigurationException, match="no training images: give the phase a larger split"):
-        BatchNormPruning().purify(make_model("small_cnn"), DefenderData(lambda epoch: iter([]), refuse, 3))
+        BatchNormPruning().purify(model, make_data(statistics))
 
 
 def test_arguments_are_checked() -> None:

@@ -1,132 +1,84 @@
 """Channel Lipschitzness-based pruning against singular values by NumPy, and on a trigger of low contrast."""
 
-import copy
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from lightning_bd import backbones
-from lightning_bd.callbacks.defense.base import DefenderData, NotApplicableError
+from lightning_bd.callbacks.defense.base import DefenderData
 from lightning_bd.callbacks.defense.channel_lipschitz_pruning import ChannelLipschitzPruning
-from lightning_bd.datamodules import DigitsDataModule
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
-IMAGES = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+if TYPE_CHECKING:
+    from tests.callbacks.defense.conftest import Attacked, Statistics
+
 
 # With the names of convolution and normalisation that follow each other, written down by hand.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str]]]] = {
-    "small_cnn": (
-        lambda: backbones.small_cnn(3, in_channels=1, width=16),
-        [("features.0", "features.1"), ("features.4", "features.5")],
-    ),
+NETWORKS: dict[str, list[tuple[str, str]]] = {
+    "small_cnn": ([("features.0", "features.1"), ("features.4", "features.5")]),
     "resnet18": (
-        lambda: backbones.resnet18(3, in_channels=1, width=8),
         [("conv1", "bn1")]
         + [(f"layer{i}.{j}.conv{k}", f"layer{i}.{j}.bn{k}") for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)]
-        + [(f"layer{i}.0.downsample.0", f"layer{i}.0.downsample.1") for i in (2, 3, 4)],
+        + [(f"layer{i}.0.downsample.0", f"layer{i}.0.downsample.1") for i in (2, 3, 4)]
     ),
     "preact_resnet18": (
-        lambda: backbones.preact_resnet18(3, in_channels=1, width=8),
         [("conv1", "layer1.0.bn1")]
-        + [(f"layer{i}.{j}.conv1", f"layer{i}.{j}.bn2") for i in (1, 2, 3, 4) for j in (0, 1)],
+        + [(f"layer{i}.{j}.conv1", f"layer{i}.{j}.bn2") for i in (1, 2, 3, 4) for j in (0, 1)]
     ),
-    "vgg11_bn": (
-        lambda: backbones.vgg11_bn(3, in_channels=1, width=8),
-        [(f"features.{i}", f"features.{i + 1}") for i in (0, 4, 8, 11, 15, 18, 22, 25)],
-    ),
+    "vgg11_bn": ([(f"features.{i}", f"features.{i + 1}") for i in (0, 4, 8, 11, 15, 18, 22, 25)]),
 }
 
 
-class Attacked(Protocol):
-    """What conftest's fixtures are."""
+def make_model(statistics: Statistics, name: str) -> nn.Module:
+    """With weights and statistics of all sizes."""
 
-    trained: nn.Module
-    data: DefenderData
-    datamodule: DigitsDataModule
-
-    def model(self) -> nn.Module: ...
-    def rates(self, model: nn.Module) -> tuple[float, float]: ...
-    def check_removed(self, model: nn.Module) -> tuple[float, float]: ...
-
-
-def make_model(name: str) -> nn.Module:
-    """A network with weights and statistics of all sizes; partly in training mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = NETWORKS[name][0]()
+    def prepare(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight)
                 nn.init.normal_(module.bias)
                 nn.init.uniform_(module.running_var, 1e-6, 1e-4)  # type: ignore[arg-type]
-    model.train()
-    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
-    return model
+
+    return statistics.model(name, prepare)
 
 
-def refuse() -> Pairs:
-    raise AssertionError("not to be looked at")
-
-
-def make_data(images: Tensor = IMAGES) -> DefenderData:
-    return DefenderData(lambda epoch: iter([(images, torch.zeros(len(images)).long())]), refuse, 3)
+def make_data(statistics: Statistics, images: Tensor | None = None) -> DefenderData:
+    return statistics.data(statistics.images(6) if images is None else images, 100)
 
 
 @pytest.mark.parametrize("u", [1.0, 2.0])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_equals_singular_values_by_numpy(name: str, u: float) -> None:
-    model = make_model(name)
-    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    counts = {}
-    for convolution, norm in NETWORKS[name][1]:
-        filters = expected[f"{convolution}.weight"].double().numpy()
-        gamma, var = (expected[f"{norm}.{key}"].double().numpy() for key in ("weight", "running_var"))
+def test_equals_singular_values_by_numpy(statistics: Statistics, name: str, u: float) -> None:
+    model, pruned = make_model(statistics, name), {}
+    state = {key: tensor.double().numpy() for key, tensor in model.state_dict().items()}
+    for convolution, norm in NETWORKS[name]:
+        filters, gamma, var = state[f"{convolution}.weight"], state[f"{norm}.weight"], state[f"{norm}.running_var"]
         matrices = [
             f.reshape(len(f), -1) * abs(g) / np.sqrt(v + 1e-5) for f, g, v in zip(filters, gamma, var, strict=True)
         ]
         bounds = np.array([np.linalg.svd(matrix, compute_uv=False)[0] for matrix in matrices])
-        above = torch.from_numpy(bounds > bounds.mean() + u * bounds.std(ddof=1))
-        expected[f"{norm}.weight"][above] = 0
-        expected[f"{norm}.bias"][above] = 0
-        counts[f"pruned/{convolution}"] = int(above.sum())
-    report = ChannelLipschitzPruning(u).purify(model, make_data())
-    assert sum(counts.values()) > 0
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[key]), key
-    assert {key: value for key, value in report.values.items() if "/" in key} == counts
-    assert report.values["pruned"] == sum(counts.values())
-    assert report.note == f"pruned {sum(counts.values())} of {int(report.values['channels'])} channels"
+        pruned[convolution] = (norm, torch.from_numpy(bounds > bounds.mean() + u * bounds.std(ddof=1)))
+    statistics.check_pruned(ChannelLipschitzPruning(u), model, make_data(statistics), pruned)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_leaves_no_trace(name: str) -> None:
-    model = make_model(name)
-    modes = {key: module.training for key, module in model.named_modules()}
-    assert len(set(modes.values())) == 2
-    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    report = ChannelLipschitzPruning(1e6).purify(model, make_data())
-    assert report.values["pruned"] == 0
-    assert "no channel exceeded the threshold" in report.note
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert {key: module.training for key, module in model.named_modules()} == modes
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
+def test_leaves_no_trace(statistics: Statistics, name: str) -> None:
+    statistics.check_no_trace(ChannelLipschitzPruning(1e6), make_model(statistics, name), make_data(statistics))
 
 
-def test_the_images_do_not_matter() -> None:
-    first, second = make_model("resnet18"), make_model("resnet18")
+def test_the_images_do_not_matter(statistics: Statistics) -> None:
+    first, second = make_model(statistics, "resnet18"), make_model(statistics, "resnet18")
     reports = [
-        ChannelLipschitzPruning(1.5).purify(model, make_data(images))
-        for model, images in ((first, IMAGES), (second, torch.zeros(1, 1, 16, 16)))
+        ChannelLipschitzPruning(1.5).purify(model, make_data(statistics, images))
+        for model, images in ((first, statistics.images(6)), (second, torch.zeros(1, 1, 16, 16)))
     ]
     assert reports[0] == reports[1]
     assert all(
@@ -134,11 +86,11 @@ def test_the_images_do_not_matter() -> None:
     )
 
 
-def test_frozen_layers_are_left_alone() -> None:
-    model = make_model("small_cnn")
+def test_frozen_layers_are_left_alone(statistics: Statistics) -> None:
+    model = make_model(statistics, "small_cnn")
     frozen = model.get_submodule("features.1").requires_grad_(False)
     weight = frozen.weight.clone()  # type: ignore[operator]
-    report = ChannelLipschitzPruning(0.0).purify(model, make_data())
+    report = ChannelLipschitzPruning(0.0).purify(model, make_data(statistics))
     assert torch.equal(frozen.weight, weight)  # type: ignore[arg-type]
     assert list(report.values) == ["u", "pruned", "channels", "pruned/features.4"]
     assert report.values["channels"] == 32
@@ -156,23 +108,21 @@ def without_statistics() -> nn.Module:
         without_statistics,
         lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16, affine=False)),
         lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.BatchNorm2d(16)),
-        lambda: make_model("resnet18").requires_grad_(False),
         lambda: VisionTransformer(16, 8, 1, 2, 8, 8, num_classes=3),
+        None,
     ],
 )
-def test_not_applicable(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    images = IMAGES.expand(-1, 3, -1, -1) if isinstance(model, VisionTransformer) else IMAGES
+def test_not_applicable(statistics: Statistics, make: Callable[[], nn.Module] | None) -> None:
+    """The last is frozen."""
+    model, images = make() if make else make_model(statistics, "resnet18").requires_grad_(False), statistics.images(6)
+    images = images.expand(-1, 3, -1, -1) if isinstance(model, VisionTransformer) else images
     model(images)
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(NotApplicableError, match="a convolution whose output goes straight into a batch normalisation"):
-        ChannelLipschitzPruning(0.0).purify(model, make_data(images))
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    message = "a convolution whose output goes straight into a batch normalisation"
+    statistics.check_refused(ChannelLipschitzPruning(0.0), model, make_data(statistics, images), message)
 
 
-def test_no_training_images() -> None:
-    with pytest.raises(MisconfigurationException, match="no training images: give the phase a larger split"):
-        ChannelLipschitzPruning().purify(make_model("small_cnn"), DefenderData(lambda epoch: iter([]), refuse, 3))
+def test_no_training_images(statistics: Statistics) -> None:
+    statistics.check_empty_refused(ChannelLipschitzPruning(), make_model(statistics, "small_cnn"))
 
 
 def test_arguments_are_checked() -> None:
@@ -189,7 +139,7 @@ def brighten(images: Tensor) -> Tensor:
     return images.clamp(0, 1)
 
 
-def test_forgets_a_trigger_of_low_contrast() -> None:
+def test_forgets_a_trigger_of_low_contrast(statistics: Statistics) -> None:
     """The shipped default, on a model that was attacked as the paper supposes."""
     digits = load_digits()
     images, labels = torch.tensor(digits.images[:, None]).float() / 16, torch.tensor(digits.target)
@@ -219,7 +169,7 @@ def test_forgets_a_trigger_of_low_contrast() -> None:
     accuracy, success = rates()
     assert accuracy > 0.95
     assert success > 0.85
-    report = ChannelLipschitzPruning().purify(model, make_data(images[:1]))
+    report = ChannelLipschitzPruning().purify(model, make_data(statistics, images[:1]))
     assert 1 <= report.values["pruned"] <= 3
     after_accuracy, after_success = rates()
     assert after_accuracy >= accuracy - 0.03
