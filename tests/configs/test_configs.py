@@ -113,7 +113,7 @@ def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     WRITERS[data](tmp_path / "images", monkeypatch)
     options = ["--data.subset=300"] if data == "DigitsDataModule" else [f"--data.root={tmp_path / 'images'}"]
     if data == "ImageFolderDataModule":
-        options.append("--data.subset=200")
+        options += ["--data.subset=200", "--data.test_subset=null"]
     if splits := config["data"]["init_args"].get("splits"):
         # Few images: each split needs some of each class.
         options.append(f"--data.splits={ {split: 1 / len(splits) for split in splits} }")
