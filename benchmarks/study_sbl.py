@@ -106,6 +106,8 @@ def collect(arguments: argparse.Namespace, defenses: dict[str, tuple[float, int]
                 folder = arguments.output / trigger / f"seed{seed}" / "defend"
                 for file in folder.glob(f"[0-9][0-9]_{ROWS[row]}/results.csv"):
                     for result in read_rows(file):
+                        if result["phase"] not in ("none", *defenses):
+                            continue  # of a call with other rates or lengths
                         rate, epochs = defenses.get(result["phase"], (0.0, 0))
                         known = {name: result[name] for name in COLUMNS if name in result and name != "epochs"}
                         found.append(
@@ -115,18 +117,18 @@ def collect(arguments: argparse.Namespace, defenses: dict[str, tuple[float, int]
     return found
 
 
-def print_table(rows: Sequence[dict[str, str]], models: Sequence[str], defenses: Sequence[str]) -> None:
-    """Print clean accuracy / ASR, mean and deviation over the seeds, as Markdown."""
+def print_table(rows: Sequence[dict[str, str]], models: Sequence[str], defenses: Sequence[str], seeds: int) -> None:
+    """Print clean accuracy / ASR, mean and deviation over the seeds, as Markdown; n where not all have finished."""
     table = []
     for model in models:
         cells = []
         for defense in defenses:
             chosen = [row for row in rows if row["model"] == model and row["defense"] == defense]
             parts = [
-                mean_and_deviation([100 * float(row[column]) for row in chosen])
+                mean_and_deviation([100 * float(row[column]) for row in chosen if row[column]])
                 for column in ("clean_accuracy", "attack_success_rate")
             ]
-            cells.append(" / ".join(parts) + (f" (n={len(chosen)})" if 0 < len(chosen) < 3 else ""))
+            cells.append(" / ".join(parts) + (f" (n={len(chosen)})" if 0 < len(chosen) < seeds else ""))
         table.append([model, *cells])
     print_markdown(["attack", *defenses], table)
 
@@ -171,10 +173,11 @@ def main() -> None:
         print(f"\n{trigger}: clean accuracy % / ASR %, mean ± standard deviation of {len(arguments.seeds)} seeds\n")
         models = [row for row in ROWS if row in arguments.rows]
         here = [row for row in rows if row["trigger"] == trigger]
-        print_table(here, models, ["none", "ft_sam", "nad"])
+        print_table(here, models, ["none", "ft_sam", "nad"], len(arguments.seeds))
         for length in arguments.lengths:
             print()
-            print_table(here, models, [name for name in defenses if name.endswith(f"_e{length}")])
+            names = [name for name in defenses if name.endswith(f"_e{length}")]
+            print_table(here, models, names, len(arguments.seeds))
 
 
 if __name__ == "__main__":

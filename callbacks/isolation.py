@@ -35,9 +35,18 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         self._torch = torch.get_rng_state()
-        # Lightning has made `device` the current one.
+        self._device = device
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-        self._on_device = None if self._accelerator is None else self._accelerator.get_rng_state()
+        # There is one MPS device only, and its functions take none.
+        self._place = () if device.type == "mps" else (device,)
+        self._on_device = None if self._accelerator is None else self._accelerator.get_rng_state(*self._place)
+
+    def seed(self, seed: int) -> None:
+        """Start the streams of torch, on the CPU and on the device, anew from a seed; :meth:`restore` takes it back."""
+        torch.default_generator.manual_seed(seed)
+        if self._accelerator is not None:
+            state = torch.Generator(self._device).manual_seed(seed).get_state()
+            self._accelerator.set_rng_state(state, *self._place)
 
     def restore(self) -> None:
         """Wind all streams back to the moment when this object was made."""
@@ -45,7 +54,7 @@ class RandomState:
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         if self._accelerator is not None:
-            self._accelerator.set_rng_state(self._on_device)
+            self._accelerator.set_rng_state(self._on_device, *self._place)
 
 
 class IsolatedPass:

@@ -9,11 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bd.callbacks.isolation import RandomState, copy_tensors
 from lightning_bd.callbacks.situation import check_situation
+from lightning_bd.functional.replaced import call_with
 
 __all__ = ("LossTerm",)
 
@@ -119,7 +119,7 @@ class LossTerm(Callback, ABC):
         if logits is None:
             buffers = dict(pl_module.named_buffers())
             copies = dict(zip(buffers, copy_tensors(list(buffers.values())), strict=True))
-            logits = functional_call(pl_module, copies, (images,))
+            logits = call_with(pl_module, copies, images)
         if not (isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images)):
             raise MisconfigurationException(
                 f"`{type(self).__name__}` needs logits (B, K), but the `forward` of `{type(pl_module).__name__}` does"

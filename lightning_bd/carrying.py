@@ -21,9 +21,9 @@ def names_of_carriers(callbacks: Iterable[Callback]) -> set[str]:
     """Return the class names of the callbacks that build on an earlier fit.
 
     Args:
-        callbacks: Of one phase.
+        callbacks: Of one phase; one whose ``gamma`` is ``None`` forgets what was before.
     """
-    return {type(callback).__qualname__ for callback in callbacks if isinstance(callback, _Carrier)}
+    return {_name(c) for c in callbacks if isinstance(c, _Carrier) and getattr(c, "gamma", 1.0) is not None}
 
 
 def carried_states(
@@ -36,7 +36,7 @@ def carried_states(
         wanted: Class names that a later phase asks for.
         inherited: What the phase before left; what has no like in this phase passes through.
     """
-    own = {type(c).__qualname__: c.carried_state() for c in callbacks if isinstance(c, _Carrier)}
+    own = {_name(c): c.carried_state() for c in callbacks if isinstance(c, _Carrier)}
     return {name: state for name, state in {**inherited, **own}.items() if name in wanted}
 
 
@@ -48,5 +48,9 @@ def hand_over(states: Mapping[str, dict[str, Any]], callbacks: Iterable[Callback
         callbacks: Of the phase that is about to start.
     """
     for callback in callbacks:
-        if isinstance(callback, _Carrier) and type(callback).__qualname__ in states:
-            callback.carry_over(states[type(callback).__qualname__])
+        if isinstance(callback, _Carrier) and _name(callback) in states:
+            callback.carry_over(states[_name(callback)])
+
+
+def _name(callback: object) -> str:
+    return f"{type(callback).__module__}.{type(callback).__qualname__}"

@@ -18,8 +18,10 @@ from lightning_bd.checkpointing import CheckpointError
 from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.commands import CommandTrainer
 from lightning_bd.commands.arguments import expand_arguments
+from lightning_bd.commands.defend import DefenseFailedError
 from lightning_bd.config_files import ConfigError, expand_configs
 from lightning_bd.phase_callbacks import NonFiniteLossError
+from lightning_bd.phases import MultiPhaseTrainer
 
 __all__ = ("BackdoorCLI", "main")
 
@@ -45,7 +47,10 @@ class _Parser(LightningArgumentParser):
 
 
 class BackdoorCLI(LightningCLI):
-    """Lightning's commands and ours for a :class:`BackdoorClassifier` and any image datamodule."""
+    """Lightning's commands and ours for a :class:`BackdoorClassifier` and any image datamodule.
+
+    Another ``trainer_class`` has to be a :class:`~lightning_bd.commands.CommandTrainer`, which has the methods.
+    """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -78,10 +83,10 @@ class BackdoorCLI(LightningCLI):
         with tempfile.TemporaryDirectory() as folder:
             self.config = parser.parse_args(expand_configs(typed, Path(folder)))
 
-    def instantiate_trainer(self, **kwargs: Any) -> CommandTrainer:
+    def instantiate_trainer(self, **kwargs: Any) -> MultiPhaseTrainer:
         """Make the trainer and hand it what only the command line knows."""
         trainer = super().instantiate_trainer(**kwargs)
-        assert isinstance(trainer, CommandTrainer)
+        assert isinstance(trainer, MultiPhaseTrainer)
         subcommand = str(self.subcommand)
         config = self.config[subcommand]
         trainer.fresh = bool(config.get("fresh"))
@@ -128,15 +133,18 @@ def main(args: list[str] | None = None) -> None:
         )
     except (MisconfigurationException, ValueError, FileNotFoundError) as error:
         _fail(error, 2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, DefenseFailedError) as error:
         _fail(error, 1)
+
+
+_EXPECTED = (MisconfigurationException, ConfigError, CheckpointError, NonFiniteLossError, DefenseFailedError)
 
 
 def _fail(error: Exception, status: int) -> NoReturn:
     if os.environ.get("LIGHTNING_BD_TRACEBACK"):
         raise error
     # Errors of our own grammar explain themselves; others may be a bug, which needs its place.
-    expected = isinstance(error, MisconfigurationException | ConfigError | CheckpointError | NonFiniteLossError)
+    expected = isinstance(error, _EXPECTED)
     expected = expected or str(error).startswith("Expected ")
     hint = "" if expected else "\n(LIGHTNING_BD_TRACEBACK=1 shows where.)"
     sys.stderr.write(f"error: {_readable(str(error))}{hint}\n")

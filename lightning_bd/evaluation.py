@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bd.checkpointing import RECORD_KEY
 from lightning_bd.datamodules import ImageDataModule
+from lightning_bd.datamodules.loader import Place
 from lightning_bd.poisoning import Poison, PoisonManifest
 
 __all__ = ("evaluation_batches", "use_manifest_of", "write_predictions")
@@ -96,6 +97,8 @@ def evaluation_batches(
         raise ValueError(f"Expected argument `max_images` to be a positive integer, but got {max_images}.")
     sets = {}
     for name, loader in zip(("clean", "poisoned"), datamodule.test_dataloader(), strict=False):
+        # The same images whatever the number of processes; each that asks gets them all.
+        loader.place = Place
         count = min(max_images, len(loader.positions))
         loader.positions = loader.positions[torch.linspace(0, len(loader.positions) - 1, count).round().long()]
         batches = (datamodule.on_after_batch_transfer(raw.to(device), 0) for raw in loader)

@@ -47,14 +47,17 @@ def distance(model: LightningModule, start: Mapping[str, Tensor]) -> float:
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
-def success_interval(rate: float | None, datamodule: ImageDataModule) -> tuple[float, float] | tuple[None, None]:
+def success_interval(
+    rate: float | None, datamodule: ImageDataModule, *, whole: bool = True
+) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % Wilson interval of an attack success rate on the test set; nothing for an unknown rate.
 
     Args:
         rate: The attack success rate, in [0, 1].
         datamodule: The data that it was measured on.
+        whole: Whether all triggered test images were measured; of a part the number is not known here.
     """
-    if rate is None or datamodule.poison is None:
+    if rate is None or datamodule.poison is None or not whole:
         return None, None
     total = int(datamodule.poison.victims(datamodule.test_images.labels).sum())
     return wilson_interval(round(rate * total), total)
@@ -98,6 +101,7 @@ def write_stages(
     start: Mapping[str, Tensor],
     datamodule: ImageDataModule,
     folder: Path,
+    device: torch.device,
 ) -> None:
     """Write ``stages.csv``: clean accuracy and attack success along what a defense did, where it has stages.
 
@@ -109,13 +113,14 @@ def write_stages(
         start: The ``state_dict`` that the defense started from.
         datamodule: The test data and the attack, if known.
         folder: Where.
+        device: Where to measure; the model has left it when its fit ended.
     """
     for defense in defenses:
         if defense.report is None:
             continue
         attacked = _detached_copy(model)
         attacked.load_state_dict(start)
-        attacked.eval()
+        attacked.to(device).eval()
         positions = defense.stages(attacked, defense.report)
         rows = list(_measured(positions, attacked, datamodule))
         if rows:

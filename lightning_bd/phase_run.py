@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -33,6 +33,7 @@ from lightning_bd.checkpointing import (
 from lightning_bd.datamodules import ImageDataModule, PhaseData
 from lightning_bd.description import Description
 from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.functional.evaluation import check_finite_weights
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.phase import INIT, Phase
 from lightning_bd.phase_callbacks import (
@@ -50,6 +51,10 @@ from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
 
 __all__ = ("PhaseRun", "is_first_process")
+
+
+class _BrokenModelError(Exception):
+    """A defense left weights that are not finite."""
 
 
 class PhaseRun:
@@ -195,8 +200,10 @@ class PhaseRun:
                 hand_over(inherited, phase.callbacks)
                 record = self._train(phase, here, loggers, start_weights, inherited)
             except NotApplicableError as error:
-                rank_zero_info(f"Phase `{name}` is not applicable: {error}")
-                self._finish_not_applicable(name, parent, first_step, str(error))
+                self._finish_without_model(name, parent, first_step, f"not applicable: {error}")
+                return
+            except _BrokenModelError as error:
+                self._finish_without_model(name, parent, first_step, f"failed: {error}")
                 return
         last_step = first_step + record["steps"]
         for logger in loggers:
@@ -207,7 +214,9 @@ class PhaseRun:
             metrics = tester.test(self._model, datamodule=self._datamodule, verbose=False)[0]
         if is_first_process():
             accuracy, success = metrics.get("test/clean_accuracy"), metrics.get("test/attack_success_rate")
-            low, high = success_interval(success, self._datamodule)
+            limit = tester.limit_test_batches  # type: ignore[attr-defined]
+            whole = isinstance(limit, float) and limit == 1.0  # an integer is a number of batches
+            low, high = success_interval(success, self._datamodule, whole=whole)
             notes = [record["note"], self._unknown if success is None else ""]
             here.finish(
                 PhaseResult(
@@ -225,16 +234,17 @@ class PhaseRun:
                     attack_success_high=high,
                     defense_effectiveness_rating=rating(before, accuracy, success) if phase.defends else None,
                     distance=distance(self._model, start_weights),
+                    defends=phase.defends,
                 )
             )
             self.folder.write_results()
         tester.strategy.barrier("phase finished")
 
-    def _finish_not_applicable(self, name: str, parent: str, steps: int, why: str) -> None:
-        """Give a phase whose defense cannot work here its row; it leaves no model."""
+    def _finish_without_model(self, name: str, parent: str, steps: int, note: str) -> None:
+        """Give a phase whose defense cannot work here, or broke the model, its row; it leaves no model."""
+        rank_zero_info(f"Phase `{name}`: {note}")
         if is_first_process():
-            note = f"not applicable: {why}"
-            result = PhaseResult(name, parent, None, None, None, 0, 0.0, steps, note, applied=False)
+            result = PhaseResult(name, parent, None, None, None, 0, 0.0, steps, note, applied=False, defends=True)
             self.folder.phase(name).finish(result)
             self.folder.write_results()
         self._barrier()
@@ -296,10 +306,12 @@ class PhaseRun:
             "note": "; ".join(report.note for report in reports if report.note),
             "values": {key: float(value) for report in reports for key, value in report.values.items()},
         }
+        if phase.defends:
+            try:
+                check_finite_weights(self._model, "the purified model")
+            except ValueError as error:
+                raise _BrokenModelError(str(error)) from None
         if trainer.is_global_zero:
-            for report in reports:
-                write_images(report.images, here.path / "images")
-            write_stages(defenses, self._model, start, self._datamodule, here.path)
             final = {
                 "state_dict": self._model.state_dict(),
                 "pytorch-lightning_version": lightning.__version__,
@@ -312,6 +324,13 @@ class PhaseRun:
                 },
             }
             save_atomically(final, here.final)
+            try:
+                for report in reports:
+                    write_images(report.images, here.path / "images")
+                device = trainer.strategy.root_device
+                write_stages(defenses, self._model, start, self._datamodule, here.path, device)
+            except Exception as error:  # noqa: BLE001 (a picture is not worth the model that it shows)
+                rank_zero_warn(f"Phase `{phase.name}`: its pictures or stages failed, the model is safe. ({error!r})")
         trainer.strategy.barrier("final checkpoint")
         return record
 
@@ -355,7 +374,9 @@ class PhaseRun:
     def _asked_for(self, name: str) -> set[str]:
         """Return the classes of callbacks that build on an earlier fit, in the phases that descend from this one."""
         later = [phase for other, phase in self._phases.items() if name in self._lineage(other)[:-1]]
-        return {found for phase in later for found in names_of_carriers(phase.callbacks)}
+        asked = {found for phase in later for found in names_of_carriers(phase.callbacks)}
+        # A phase that builds on earlier ones may get a successor when the run has long finished.
+        return asked | names_of_carriers(self._phases[name].callbacks)
 
     def _lineage(self, name: str) -> list[str]:
         names = [name]
@@ -367,7 +388,8 @@ class PhaseRun:
         split = " + ".join(phase.splits) or "all training images"
         kind = "a defender's view" if phase.defends else "poisoned" if phase.poisoned else "clean"
         epochs = self._epochs(phase)
-        length = f"{epochs} epochs" if epochs else "trained by its defense"
+        purified = any(isinstance(callback, Defense) for callback in phase.callbacks)
+        length = f"{epochs} epochs" if epochs else "purified by its defense" if purified else "measured as it is"
         return f"{split} ({kind}), {length}, from `{self._parents[phase.name or '']}`"
 
     def _describe_phase(self, phase: Phase) -> dict[str, Description]:

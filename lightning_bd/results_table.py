@@ -21,7 +21,7 @@ def results_table(results: Sequence[PhaseResult], title: str = "Test set, after 
         results: The finished phases, in order.
         title: Above the table.
     """
-    defended = any(row.defense_effectiveness_rating is not None or not row.applied for row in results)
+    defended = any(row.defends or not row.applied for row in results)
     several = len({row.start_from for row in results}) > 2
     table = Table(title=title)
     table.add_column("phase")
@@ -42,9 +42,9 @@ def results_table(results: Sequence[PhaseResult], title: str = "Test set, after 
                 success += f" ({_percent(row.attack_success_low)}-{_percent(row.attack_success_high)})"
             cells += [_percent(row.clean_accuracy), success, _percent(row.robust_accuracy)]
             if defended:
-                # The undefended model has no rating.
-                rated = row.defense_effectiveness_rating is not None or row.attack_success_rate is None
-                cells.append(_percent(row.defense_effectiveness_rating) if rated else "")
+                # What is no defense, and the undefended model, has no rating.
+                unrated = row.defense_effectiveness_rating is None and row.attack_success_rate is not None
+                cells.append("" if unrated else _percent(row.defense_effectiveness_rating))
                 cells.append("unknown" if row.distance is None else f"{row.distance:.2f}")
             cells += [str(row.epochs), f"{row.seconds:.1f}"]
         else:

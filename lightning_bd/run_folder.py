@@ -43,6 +43,7 @@ class PhaseResult:
         defense_effectiveness_rating: Of a defense, against the model that it started from, in [0, 1].
         distance: L2 distance of the parameters from where the phase started.
         applied: Whether the phase did its work; of a defense that could not be applied all rates are ``None``.
+        defends: Whether the phase was a defense, or the model that defenses are compared with.
     """
 
     phase: str
@@ -60,6 +61,7 @@ class PhaseResult:
     defense_effectiveness_rating: float | None = None
     distance: float | None = None
     applied: bool = True
+    defends: bool = False
 
 
 class PhaseFolder:
@@ -120,12 +122,12 @@ class RunFolder:
 
     def phase(self, name: str) -> PhaseFolder:
         """Return the folder of a phase: ``NN_name``; the number is the phase's place when it first ran."""
-        existing = [path for path in self._folders() if path.name[3:] == name]
+        existing = [path for path in self._folders() if path.name.partition("_")[2] == name]
         if existing:
             return PhaseFolder(existing[0])
         number = self._phases.index(name)
         if self._collects:
-            number = max([number - 1, *(int(path.name[:2]) for path in self._folders())]) + 1
+            number = max([number - 1, *(int(path.name.split("_")[0]) for path in self._folders())]) + 1
         return PhaseFolder(self.root / f"{number:02d}_{name}")
 
     def results(self) -> list[PhaseResult]:
@@ -192,7 +194,10 @@ class RunFolder:
         return target
 
     def _folders(self) -> list[Path]:
-        return sorted(path for path in self.root.glob("[0-9][0-9]_*") if path.is_dir())
+        found = [
+            path for path in self.root.glob("[0-9][0-9]*_*") if path.is_dir() and path.name.split("_")[0].isdigit()
+        ]
+        return sorted(found, key=lambda path: (int(path.name.split("_")[0]), path.name))
 
     def write_results(self) -> None:
         """Write ``results.csv`` from the finished phases."""

@@ -32,7 +32,7 @@ def test_defenses_are_rated_against_the_model_they_started_from(capsys: pytest.C
         PhaseResult("none", "init", 0.9, 1.0, 0.0, 0, 0.0, 0, attack_success_low=0.98, attack_success_high=1.0),
         PhaseResult(
             "ft", "none", 0.89, 0.25, 0.7, 50, 9.0, 0, "lr 0.1", {}, 0.2, 0.3,
-            defense_effectiveness_rating=0.87, distance=1.234,
+            defense_effectiveness_rating=0.87, distance=1.234, defends=True,
         ),
         PhaseResult("clp", "none", None, None, None, 0, 0.0, 0, "not applicable: no BatchNorm", applied=False),
         PhaseResult("nad", "none", 0.89, None, None, 20, 1.0, 0, distance=0.5),

@@ -39,15 +39,17 @@ class AveragedGradientEpisodicMemory(Callback):
     metrics, logs and the global random state stay as they were.
 
     ``a_gem/projected``, the share of steps that were projected since the last record, is logged every
-    ``log_every_n_steps`` steps. A checkpoint holds the buffer, and a resumed fit goes on with it. Under DDP all
-    processes hold the same buffer and draw batches of their own, whose gradients are averaged.
+    ``log_every_n_steps`` steps. A checkpoint holds the buffer and the counts, and a resumed fit goes on with them.
+    Under DDP all processes hold the same buffer and draw batches of their own, whose gradients are averaged.
 
     Args:
         capacity: Samples in the buffer, positive; 512 in the code of `Flatness-aware Sequential Learning
             <https://arxiv.org/abs/2407.14738>`_.
         batch_size: Samples of the buffer per step and process, positive; the whole buffer if it holds fewer.
         dataloader: Batches of the previous task; ``batch[0]`` are images in [0, 1], ``batch[1]`` labels. They pass
-            through the module's batch transfer hooks. None: ``trainer.datamodule.reference_batches(device)``.
+            through the module's batch transfer hooks. Under DDP each process reads its own loader; give it a
+            ``DistributedSampler``, for else the buffer fills with duplicates. None:
+            ``trainer.datamodule.reference_batches(device)``, which yields each process its part.
         reference: Which batches the datamodule replays: ``"as_trained"``, triggers included, or ``"clean"``, the same
             images without them, which is what the code named above buffers.
         seed: Seed of the buffer and of the batches that are drawn from it.
@@ -87,18 +89,20 @@ class AveragedGradientEpisodicMemory(Callback):
         self._logged_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Save the buffer."""
-        return {"buffer": self._buffer.state_dict()}
+        """Save the buffer, and what is counted for the next record."""
+        return {"buffer": self._buffer.state_dict(), "projected": self._projected, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the buffer from a checkpoint."""
+        """Take the buffer and the counts from a checkpoint."""
         self._buffer.load_state_dict(state_dict["buffer"])
+        self._projected, self._steps = state_dict["projected"], state_dict["steps"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unsupported fit and forget the last one; the state of a resumed one is loaded after this."""
         if stage == "fit":
             self._check(trainer, pl_module)
             self._buffer = ReplayBuffer(self.capacity, self.seed)
+            self._projected, self._steps = None, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the buffer, unless a checkpoint held it."""
@@ -115,7 +119,9 @@ class AveragedGradientEpisodicMemory(Callback):
             )
         self._buffer.to(pl_module.device)
         self._isolated = IsolatedPass(trainer, pl_module)
-        self._projected, self._steps, self._logged_step = None, 0, trainer.global_step
+        if self._projected is not None:
+            self._projected = self._projected.to(pl_module.device)
+        self._logged_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Project the gradient that the optimizer is about to use."""

@@ -43,7 +43,9 @@ class ExperienceReplay(LossTerm):
         batch_size: Samples of the buffer per batch and process, positive; the whole buffer if it holds fewer. In the
             papers as many as there are new ones.
         dataloader: Batches of the previous task; ``batch[0]`` are images in [0, 1], ``batch[1]`` labels. They pass
-            through the module's batch transfer hooks. None: ``trainer.datamodule.reference_batches(device)``.
+            through the module's batch transfer hooks. Under DDP each process reads its own loader; give it a
+            ``DistributedSampler``, for else the buffer fills with duplicates. None:
+            ``trainer.datamodule.reference_batches(device)``, which yields each process its part.
         reference: Which batches the datamodule replays: ``"as_trained"``, triggers included, or ``"clean"``, the same
             images without them.
         insert_current: Whether the new task's samples, too, are offered to the buffer after they were trained on, as in

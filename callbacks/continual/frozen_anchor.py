@@ -4,13 +4,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.func import functional_call
 
 from lightning_bd.callbacks.isolation import copy_tensors
 from lightning_bd.callbacks.loss_term import LossTerm
 from lightning_bd.functional.modes import mode
+from lightning_bd.functional.replaced import call_with
 
 __all__ = ("AnchoredLossTerm",)
 
@@ -29,7 +30,7 @@ class AnchoredLossTerm(LossTerm):
     Raises:
         ValueError: If ``strength`` is out of range.
         MisconfigurationException: When the fit starts, in the situations of
-            :class:`~lightning_bd.callbacks.loss_term.LossTerm`.
+            :class:`~lightning_bd.callbacks.loss_term.LossTerm`, or with the anchor of another model.
     """
 
     def __init__(self, strength: float) -> None:
@@ -53,7 +54,7 @@ class AnchoredLossTerm(LossTerm):
         """Return the distance of the batch's logits from the anchor's."""
         logits = self.logits(pl_module, batch)
         with mode(pl_module, training=False), torch.no_grad():
-            anchor_logits = functional_call(pl_module, self._anchor, (self.images(batch),), strict=True)
+            anchor_logits = call_with(pl_module, self._anchor, self.images(batch))
         return self.distance(logits, anchor_logits, batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +74,16 @@ class AnchoredLossTerm(LossTerm):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the model, unless a checkpoint held the copy."""
         super().on_fit_start(trainer, pl_module)
-        if self.strength > 0 and not self._anchor:
-            tensors = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        if self.strength == 0:
+            return
+        tensors = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        if not self._anchor:
             self._anchor = dict(zip(tensors, copy_tensors(list(tensors.values())), strict=True))
+        # Nothing may be missing: the anchor would use the present tensor.
+        other = sorted(tensors.keys() ^ self._anchor.keys())
+        if other:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` resumes with the anchor of another model: {other[0]!r} is in one of them"
+                " only. Resume with the model that the checkpoint was saved with."
+            )
         self._anchor = {name: tensor.to(pl_module.device) for name, tensor in self._anchor.items()}

@@ -40,7 +40,7 @@ class SynapticIntelligence(QuadraticRegularizer):
     The penalty's gradient is added after each backward pass, as if the penalty were part of the loss. ``si/penalty``
     and ``si/share``, the penalty's part of loss plus penalty, are logged every ``log_every_n_steps`` steps. A
     checkpoint holds :math:`\Omega`, :math:`\theta^*` and :math:`\omega`, and a resumed fit goes on with them. Besides
-    these, three tensors of the weights' size are held while a step is taken.
+    these, three tensors of the weights' size (two without a penalty) are held while a step is taken.
 
     Args:
         strength: :math:`\lambda`, at least 0; 0 is a plain fit, in which :math:`\omega` is accumulated all the same.
@@ -91,7 +91,9 @@ class SynapticIntelligence(QuadraticRegularizer):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forget the penalty's part where the gradients were dropped, as they are before SAM's second pass."""
-        if self._backwards and all(p.grad is None for p in pl_module.parameters()):
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        # Those of parameters that no optimizer has are never dropped.
+        if self._backwards and all(p.grad is None for group in groups for p in group["params"]):
             self._forget_gradient()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,10 +136,11 @@ class SynapticIntelligence(QuadraticRegularizer):
         """Add the step to the path integral; log the penalty after the steps that the loggers record."""
         if self._step is not None:
             parameters, gradients, before = self._step
-            moves = torch._foreach_sub(list(parameters.values()), before)
-            for name, gradient, move in zip(parameters, gradients, moves, strict=True):
+            # In place, lest it be one more tensor of the weights' size.
+            torch._foreach_sub_(before, list(parameters.values()))
+            for name, gradient, back in zip(parameters, gradients, before, strict=True):
                 path = self._path[name]
-                path.addcmul_(gradient.to(path.dtype), move.to(path.dtype), value=-1)
+                path.addcmul_(gradient.to(path.dtype), back.to(path.dtype))
             self._step = None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

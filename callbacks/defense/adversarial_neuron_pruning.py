@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
@@ -13,10 +12,11 @@ from tqdm.auto import tqdm
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.callbacks.defense.layers import executed_modules
 from lightning_bd.callbacks.defense.pruning import silence
-from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy
+from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, not_run, training_batches
 from lightning_bd.functional.batch_norm import frozen_running_stats
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.modes import mode
+from lightning_bd.functional.replaced import call_with
 
 __all__ = ("AdversarialNeuronPruning",)
 
@@ -117,6 +117,8 @@ class AdversarialNeuronPruning(Defense):
         """Learn the masks on the training images, then prune the neurons whose mask is below the threshold."""
         before = clean_accuracy(model, data)
         layers = _maskable_layers(model, next(data.validation())[0][:1])
+        if skipped := not_run(data):
+            return skipped
         masks, epochs = self._learn_masks(model, layers, data)
         threshold = self._choose(model, masks, before, data) if self.threshold is None else self.threshold
         pruned = _prune(model, masks, threshold)
@@ -132,7 +134,7 @@ class AdversarialNeuronPruning(Defense):
 
     def stages(self, model: nn.Module, report: Report) -> Iterator[float]:
         """Prune at the thresholds 0 (nothing), 0.05, ..., 0.95."""
-        for threshold in THRESHOLDS:
+        for threshold in THRESHOLDS if report.tensors else ():
             _prune(model, report.tensors, threshold)
             yield threshold
 
@@ -158,7 +160,7 @@ class AdversarialNeuronPruning(Defense):
 
                 def loss(changes: _Changes | None, images: Tensor = images, labels: Tensor = labels) -> Tensor:
                     with data.forward_context():
-                        logits = functional_call(model, _changed_weights(layers, masks, changes), (images,))
+                        logits = call_with(model, _changed_weights(layers, masks, changes), images)
                         return F.cross_entropy(logits, labels)
 
                 worst = self._attack(layers, loss, generator)
@@ -195,16 +197,18 @@ class AdversarialNeuronPruning(Defense):
         weights = {name: model.get_parameter(f"{name}.weight") for name in masks}
         kept = {name: weight.detach().clone() for name, weight in weights.items()}
         chosen, last, drop = 0.0, 0, 0.0
-        for threshold in THRESHOLDS:
-            pruned = _prune(model, masks, threshold)
-            if pruned != last:
-                drop = before - clean_accuracy(model, data)
-                last = pruned
-            if drop <= self.max_drop + 1e-9:  # 0.98 - 0.97 is a little more than 0.01
-                chosen = threshold
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(kept[name])
+        try:
+            for threshold in THRESHOLDS:
+                pruned = _prune(model, masks, threshold)
+                if pruned != last:
+                    drop = before - clean_accuracy(model, data)
+                    last = pruned
+                if drop <= self.max_drop + 1e-9:  # 0.98 - 0.97 is a little more than 0.01
+                    chosen = threshold
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(kept[name])
         return chosen
 
 
@@ -249,10 +253,13 @@ def _changed_weights(
 
 
 def _batches(data: DefenderData, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield epoch, images and labels of the first ``count`` training batches, fewer if the run caps the epochs."""
+    """Yield epoch, images and labels of the first ``count`` training batches, fewer if the run caps the epochs.
+
+    A batch of one image after larger ones is left out.
+    """
     done = 0
     for epoch in range(allowed_epochs(data, count)):
-        for images, labels in data.train(epoch):
+        for images, labels in training_batches(data, epoch):
             yield epoch, images, labels
             done += 1
             if done == count:

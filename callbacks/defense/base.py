@@ -11,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_bd.functional.evaluation import check_finite_weights
+
 __all__ = ("DefenderData", "Defense", "NotApplicableError", "Report")
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -123,6 +125,10 @@ class Defense(Callback, ABC):
         """Purify the model, unless a checkpoint says that this was done before."""
         if self.report is not None:
             return
+        try:
+            check_finite_weights(pl_module)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         view = getattr(trainer, "datamodule", None)
         if not isinstance(view, _Defendable):
             raise MisconfigurationException(

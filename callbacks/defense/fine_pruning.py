@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.callbacks.defense.layers import captured_outputs, executed_modules
-from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, train
+from lightning_bd.callbacks.defense.training import allowed_epochs, clean_accuracy, not_run, train
 from lightning_bd.functional.modes import mode
 
 __all__ = ("FinePruning",)
@@ -90,6 +90,8 @@ class FinePruning(Defense):
         """Zero the last linear layer's columns of the idle channels, then fine-tune the model without them."""
         values = {"validation_accuracy_before": clean_accuracy(model, data)}
         name, head = _last_linear(model, next(data.validation())[0])
+        if self.epochs and not self.report_unpruned and (skipped := not_run(data)):
+            return skipped
         weight = head.weight.detach().clone()
         order = _activity(model, head, data).argsort(stable=True)
         pruned = self._prune(model, head, order, data)
@@ -109,6 +111,8 @@ class FinePruning(Defense):
 
     def stages(self, model: nn.Module, report: Report) -> Iterator[float]:
         """Prune in about 20 equal steps, from no channel to all but one; nothing is fine-tuned."""
+        if not report.tensors:
+            return
         ((name, order),) = report.tensors.items()
         head = model.get_submodule(name)
         assert isinstance(head, nn.Linear)
@@ -131,13 +135,18 @@ class FinePruning(Defense):
             return correct / total
 
         before = accuracy()
-        for count, channel in enumerate(order[:-1]):
-            kept = head.weight[:, channel].detach().clone()
-            _zero_columns(head, channel)
-            if before - accuracy() > self.max_drop + 1e-9:  # 0.98 - 0.97 is a little more than 0.01
-                with torch.no_grad():
-                    head.weight[:, channel] = kept
-                return order[:count]
+        start = head.weight.detach().clone()
+        try:
+            for count, channel in enumerate(order[:-1]):
+                _zero_columns(head, channel)
+                if before - accuracy() > self.max_drop + 1e-9:  # 0.98 - 0.97 is a little more than 0.01
+                    with torch.no_grad():
+                        head.weight[:, channel] = start[:, channel]
+                    return order[:count]
+        except BaseException:
+            with torch.no_grad():
+                head.weight.copy_(start)
+            raise
         return order[:-1]
 
     def _fine_tune(self, model: nn.Module, head: nn.Linear, pruned: Tensor, data: DefenderData, epochs: int) -> None:
@@ -185,7 +194,8 @@ def _head_inputs(
         with mode(model, training=False):
             for images, labels in batches:
                 caught.clear()
-                with data.forward_context():
+                # A compiled module would not call the hooks of its parts.
+                with data.forward_context(), torch.compiler.set_stance("force_eager"):
                     model(images)
                 yield caught[-1], labels
     finally:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
-from lightning_bd.callbacks.defense.training import Loss, allowed_epochs, clean_accuracy, cross_entropy, train
+from lightning_bd.callbacks.defense.training import Loss, allowed_epochs, clean_accuracy, cross_entropy, not_run, train
 from lightning_bd.callbacks.isolation import RandomState, copy_tensors, overwrite
 from lightning_bd.functional.batch_norm import frozen_running_stats
 from lightning_bd.functional.perturbations import sam_perturbation
@@ -95,6 +95,7 @@ class FineTuning(Defense):
 
         Raises:
             NotApplicableError: If the model has no parameter that requires a gradient.
+            MisconfigurationException: If there are no training or no validation images.
         """
         return self.fine_tune(model, data, cross_entropy)
 
@@ -112,6 +113,8 @@ class FineTuning(Defense):
         """
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise NotApplicableError("Every parameter is frozen, but fine-tuning needs some to train.")
+        if skipped := not_run(data):
+            return skipped
         epochs = allowed_epochs(data, self.max_epochs)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         before = clean_accuracy(model, data)

@@ -1,6 +1,7 @@
 """I-BAU: unlearn the worst universal perturbation, and how it would answer a change of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
-from lightning_bd.callbacks.defense.training import allowed_epochs, cross_entropy
+from lightning_bd.callbacks.defense.training import allowed_epochs, cross_entropy, not_run
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.implicit_gradient import ascent_step, implicit_gradient
 from lightning_bd.functional.modes import mode
@@ -125,12 +126,16 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise NotApplicableError("I-BAU trains the model, but every parameter is frozen: unfreeze some.")
+        if skipped := not_run(data):
+            return skipped
         rounds = allowed_epochs(data, self.rounds)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
         optimizer = kind(parameters, lr=self.learning_rate)
         generator = keyed_generator(self.seed, "implicit_backdoor_adversarial_unlearning")
         report = Report(rounds)
-        with mode(model, training=False), sdpa_kernel(SDPBackend.MATH):
+        # Compiled modules have no second derivative.
+        eager = torch.compiler.set_stance("force_eager")
+        with _dropped_gradients(parameters), mode(model, training=False), sdpa_kernel(SDPBackend.MATH), eager:
             for number in tqdm(range(rounds), "I-BAU", disable=not data.show_progress, leave=False):
                 perturbation = self._worst_perturbation(model, data, number)
                 picture = _picture(perturbation)
@@ -203,6 +208,16 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
         chosen = torch.zeros(len(images), 1, 1, 1)
         chosen[torch.randperm(len(images), generator=generator)[:count]] = 1.0
         return chosen.to(images)
+
+
+@contextmanager
+def _dropped_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Leave no gradients when the block ends."""
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def _picture(perturbation: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def executed_modules(
     return found
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def normalized_convolutions(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Conv2d, _BatchNorm]]:
     """Return the convolutions whose output goes straight into a batch normalisation, with that layer.
@@ -93,7 +94,7 @@ def normalized_convolutions(model: nn.Module, images: Tensor) -> dict[str, tuple
     Returns:
         Name of the convolution -> convolution and batch normalisation, in the order of execution.
     """
-    made: dict[int, tuple[str, nn.Conv2d, Tensor]] = {}
+    made: dict[int, tuple[str, nn.Conv2d, Tensor, int]] = {}
     pairs: dict[str, tuple[nn.Conv2d, _BatchNorm]] = {}
     handles = []
     for name, module in model.named_modules():
@@ -101,15 +102,17 @@ def normalized_convolutions(model: nn.Module, images: Tensor) -> dict[str, tuple
 
             def note(module: nn.Conv2d, _inputs: object, output: Tensor, name: str = name) -> None:
                 # The tensor is kept too: its id must not be given to another.
-                made[id(output)] = (name, module, output)
+                made[id(output)] = (name, module, output, output._version)
 
             handles.append(module.register_forward_hook(note))
         elif isinstance(module, _BatchNorm):
 
             def match(module: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
                 if inputs and id(inputs[0]) in made:
-                    producer, convolution, _ = made[id(inputs[0])]
-                    pairs.setdefault(producer, (convolution, module))
+                    producer, convolution, output, version = made[id(inputs[0])]
+                    # Not if something was added, or cut off, in place.
+                    if output._version == version:
+                        pairs.setdefault(producer, (convolution, module))
 
             handles.append(module.register_forward_pre_hook(match))
     try:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, Report
 from lightning_bd.callbacks.defense.feature_maps import FeatureMaps, find_feature_maps, named_feature_maps
 from lightning_bd.callbacks.defense.fine_tuning import FineTuning
-from lightning_bd.callbacks.defense.training import Loss, cross_entropy
+from lightning_bd.callbacks.defense.training import Loss, cross_entropy, not_run, training_batches
 from lightning_bd.functional.attention import attention_loss
 
 __all__ = ("NeuralAttentionDistillation",)
@@ -104,16 +104,19 @@ class NeuralAttentionDistillation(Defense):
 
         Raises:
             NotApplicableError: If there are no maps to compare, or every parameter is frozen.
-            MisconfigurationException: If the model has no module of a name in ``layers``.
+            MisconfigurationException: If the model has no module of a name in ``layers``, or there are no
+                training images.
         """
         if self.beta == 0:
             return self._student.fine_tune(model, data, cross_entropy, "distillation")
-        images = next(data.train(0))[0][:2]
+        images = next(training_batches(data, 0))[0][:2]
         with data.forward_context():
             if self.layers is None:
                 maps = find_feature_maps(model, images, self.num_stages)
             else:
                 maps = named_feature_maps(model, images, self.layers)
+        if skipped := not_run(data):
+            return skipped
         teacher = copy.deepcopy(model)
         taught = self._teacher.fine_tune(teacher, data, cross_entropy, "teacher")
         teacher.requires_grad_(False).eval()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lightning_bd.callbacks.defense.base import DefenderData, Defense, NotApplicableError, Report
-from lightning_bd.callbacks.defense.training import allowed_epochs, train
+from lightning_bd.callbacks.defense.training import allowed_epochs, not_run, train
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.functional.modes import mode
 from lightning_bd.functional.trigger_inversion import TriggerInversion, anomaly_indices, stamp
@@ -50,12 +50,13 @@ class NeuralCleanse(Defense):
         cost_multiplier: Factor by which it changes, above 1; authors' example: 2.
         patience: Steps before it changes, at least 1; authors' example: 5. A class stops after 5 times as many without
             a smaller mask.
-        success_threshold: Share of images that a trigger must send to its class, in (0, 1]; paper: 0.99.
-        learning_rate: Of SGD in unlearning, positive; the paper gives none. Settled on digits, where 0.01 took 4
-            points of clean accuracy in one epoch.
+        success_threshold: Share of images that a trigger must send to its class, in (0, 1]; usually 0.99.
+        learning_rate: Of SGD in unlearning, positive. Settled on digits with attack success in view; 0.01 took 4 points
+            of clean accuracy there in one epoch.
         momentum: Of SGD, in [0, 1).
-        max_epochs: Epochs of unlearning, at least 1; paper: 1, over 10 % of the training set. The run's cap applies.
-        unlearn_share: Share of images that get the trigger, in [0, 1]; paper: 0.2.
+        max_epochs: Epochs of unlearning, at least 1; 1, as it is usually described (the paper's text was not at
+            hand). The run's cap applies.
+        unlearn_share: Share of images that get the trigger, in [0, 1]; 0.2, as it is usually described.
         images_per_pass: Most images times classes in one forward pass, at least 1; lower it if memory runs out.
         seed: Seed of the starting masks and of the images to stamp.
 
@@ -132,8 +133,8 @@ class NeuralCleanse(Defense):
             )
         if not any(p.requires_grad for p in model.parameters()):
             raise NotApplicableError("NeuralCleanse trains the model, but every parameter is frozen: unfreeze some.")
-        if data.epoch_limit == 0:
-            return Report(note="not run: the run's cap on epochs is 0")
+        if skipped := not_run(data):
+            return skipped
         inversion, steps = self._invert(model, data)
         norms = inversion.masks.sum(dim=(1, 2, 3)).cpu()
         indices = anomaly_indices(norms)
@@ -159,6 +160,7 @@ class NeuralCleanse(Defense):
         images = next(stream, None)
         if images is None:
             raise MisconfigurationException("The defender has no training images: give the phase a larger split.")
+        dtype = images.dtype  # Of a run with weights of half precision; masks and patterns have the full one.
         masks, patterns = self._start(data.num_classes, images)
         inversion = TriggerInversion(
             masks,
@@ -175,7 +177,7 @@ class NeuralCleanse(Defense):
 
         def logits(stamped: Tensor) -> Tensor:
             with data.forward_context():
-                found: Tensor = model(stamped)
+                found: Tensor = model(stamped.to(dtype))
             return found
 
         taken = 0
@@ -211,7 +213,7 @@ class NeuralCleanse(Defense):
             which = torch.randint(len(masks), (int(stamped.sum()),), generator=generator).to(images.device)
             images = images.clone()
             stamped = stamped.to(images.device)
-            images[stamped] = stamp(images[stamped], masks[which], patterns[which])
+            images[stamped] = stamp(images[stamped], masks[which], patterns[which]).to(images.dtype)
             return F.cross_entropy(model(images), labels)
 
         parameters = [p for p in model.parameters() if p.requires_grad]

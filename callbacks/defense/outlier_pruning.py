@@ -67,7 +67,8 @@ def watch_inputs(
     handles = [layer.register_forward_pre_hook(partial(show, name=name)) for name, layer in layers.items()]
     batches = 0
     try:
-        with mode(model, training=False):
+        # A compiled module would not call the hooks of its parts.
+        with mode(model, training=False), torch.compiler.set_stance("force_eager"):
             for images, _ in tqdm(data.train(0), "measuring channels", disable=not data.show_progress, leave=False):
                 with data.forward_context():
                     model(images)
@@ -108,19 +109,27 @@ def prune_outliers(
     before = after = clean_accuracy(model, data) if choose else math.nan
     start = {name: {k: v.clone() for k, v in layer.state_dict().items()} for name, (layer, _) in scores.items()}
     pruned: dict[str, int] = {}
-    for u in candidates:
-        # All are restored before any is pruned: two convolutions may share one normalisation.
+
+    def restore() -> None:
         for name, (layer, _) in scores.items():
             layer.load_state_dict(start[name])
-        for name, (layer, score) in scores.items():
-            found = outliers(score, u).nonzero().flatten()
-            silence(layer, found)
-            pruned[name] = len(found)
-        if not choose:
-            break
-        after = clean_accuracy(model, data)
-        if kept := before - after <= max_drop + 1e-9:  # 0.98 - 0.97 is a little more than 0.01
-            break
+
+    try:
+        for u in candidates:
+            # All are restored before any is pruned: two convolutions may share one normalisation.
+            restore()
+            for name, (layer, score) in scores.items():
+                found = outliers(score, u).nonzero().flatten()
+                silence(layer, found)
+                pruned[name] = len(found)
+            if not choose:
+                break
+            after = clean_accuracy(model, data)
+            if kept := before - after <= max_drop + 1e-9:  # 0.98 - 0.97 is a little more than 0.01
+                break
+    except BaseException:
+        restore()
+        raise
     total, channels = sum(pruned.values()), sum(len(score) for _, score in scores.values())
     values = {"u": u, "pruned": float(total), "channels": float(channels)}
     values |= {f"pruned/{name}": float(count) for name, count in pruned.items()}

@@ -17,7 +17,7 @@ _POSITIONALS = {
 # Options that take several values.
 _LISTS = {"--defenses"}
 # Options without a value.
-_FLAGS = {"--fresh", "--override_trigger", "--override-trigger", "-h", "--help"}
+_FLAGS = {"--fresh", "--override_trigger", "--override-trigger", "--print_config", "-h", "--help"}
 #: Commands that find the config of a run by its checkpoint.
 _FOLLOW = (*_POSITIONALS, "defend")
 
@@ -56,6 +56,12 @@ def expand_arguments(args: list[str]) -> list[str]:
     if len(positionals) > len(names):
         wanted = f"takes {len(names)} checkpoint{'s' * (len(names) > 1)}" if names else "takes no positional argument"
         raise ConfigError(f"`{command}` {wanted}, but got {', '.join(positionals)}.")
+    given = {argument.partition("=")[0].removeprefix("--") for argument in named}
+    missing = [name for name in names[len(positionals) :] if name not in given]
+    if missing and not given & {"h", "-h", "help", "print_config"}:
+        raise ConfigError(
+            f"`{command}` takes {len(names)} checkpoint{'s' * (len(names) > 1)}, but got {len(positionals)}."
+        )
     named = [f"--{name}={value}" for name, value in zip(names, positionals, strict=False)] + named
     return [command, *_with_config(named)]
 
@@ -72,8 +78,16 @@ def _with_config(args: list[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         options[option] = value if equals else (args[number + 1] if number + 1 < len(args) else "")
     checkpoint = options.get("--first") or options.get("--ckpt_path")
-    config = None if not checkpoint else Path(checkpoint).absolute().parent.parent / "config.yaml"
-    if config is None or not config.is_file():
+    if not checkpoint or any(option.startswith(("--model", "--print_config")) for option in options):
         return args
-    rank_zero_info(f"Using the config of the run: {config}")
-    return [f"--config={config}", *args]
+    run = Path(checkpoint).absolute().parent.parent
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{checkpoint} lies in no run: there is no config.yaml two folders above it. Give the config of its model "
+            "and data: `--config NAME_OR_FILE`."
+        )
+    rank_zero_info(f"Using the config of the run: {run / 'config.yaml'}")
+    # Beside the run, wherever the command is given; and a cap that was meant for the attack caps no defense.
+    return [
+        f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={run}", "--trainer.max_epochs=null", *args
+    ]  # fmt: skip

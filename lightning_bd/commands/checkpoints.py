@@ -39,8 +39,7 @@ def take_over(
     manifest = use_manifest_of(checkpoint, path, datamodule, override=override_trigger)
     if manifest is None and not override_trigger and datamodule.poison is not None:
         rank_zero_info(
-            f"{path} has no manifest, so its attack is not known: what needs triggered images stays `unknown`. "
-            "(`--override-trigger` takes the config's trigger.)"
+            f"{path} has no manifest, so its attack is not known. (`--override-trigger` takes the config's trigger.)"
         )
         datamodule.replace_poison(None)
     model.load_state_dict(checkpoint["state_dict"])

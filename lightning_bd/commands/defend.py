@@ -15,10 +15,14 @@ from torch import Tensor
 from lightning_bd.config_files import ConfigError, read_mapping, shipped_configs
 from lightning_bd.phase import Phase, check_phase
 
-__all__ = ("UNDEFENDED", "load_defenses", "plan_phases", "shipped_defenses", "weights_sha256")
+__all__ = ("UNDEFENDED", "DefenseFailedError", "load_defenses", "plan_phases", "shipped_defenses", "weights_sha256")
 
 #: The row of the checkpoint as it is.
 UNDEFENDED = "none"
+
+
+class DefenseFailedError(RuntimeError):
+    """At least one defense ended with an error; the others have their rows."""
 
 
 def shipped_defenses() -> dict[str, Path]:
@@ -50,6 +54,8 @@ def load_defenses(wanted: str | Sequence[str]) -> dict[str, Phase]:
         path = shipped.get(name)
         if path is None and Path(name).is_file():
             path, name = Path(name), Path(name).stem
+        if path is None and (name.endswith((".yaml", ".yml")) or "/" in name):
+            raise ConfigError(f"There is no file `{name}` with a defense.")
         if path is None:
             close = difflib.get_close_matches(name, shipped, n=1)
             guess = f" Did you mean `{close[0]}`?" if close else ""

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_bd.checkpointing import open_atomically
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.evaluation import evaluation_batches
 from lightning_bd.functional.evaluation import Evaluation
@@ -73,7 +74,8 @@ def keep_figure(figure: Figure, path: Path) -> None:
         figure: The figure.
         path: The PNG file.
     """
-    figure.savefig(path)
+    with open_atomically(path) as file:
+        figure.savefig(file, format="png")
     logger = TensorBoardLogger(path.parent, name="", version="")
     logger.experiment.add_figure(path.stem, figure)
     logger.finalize("success")

@@ -1,14 +1,22 @@
 """The Trainer of the command line: Lightning's commands, the phases, and those of this package."""
 
+import os
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 
 from lightning_bd.checkpointing import check_weights, read_checkpoint
 from lightning_bd.commands.checkpoints import named_after, take_over
-from lightning_bd.commands.defend import load_defenses, plan_phases, weights_sha256
+from lightning_bd.commands.defend import (
+    UNDEFENDED,
+    DefenseFailedError,
+    load_defenses,
+    plan_phases,
+    weights_sha256,
+)
 from lightning_bd.commands.interpolate import interpolate
 from lightning_bd.commands.landscape import landscape
 from lightning_bd.commands.sharpness import sharpness
@@ -65,19 +73,35 @@ class CommandTrainer(MultiPhaseTrainer):
             config=self.resolved_config,
             collects=True,
             origin={"weights_sha256": weights_sha256(copy_state(model))},
+            checkpoint_interval=self.checkpoint_interval,
             manifest=manifest,
+            # What the user says of the trigger by `--override-trigger` must not become the checkpoint's own word.
+            save_manifest=self.save_manifest and manifest is not None,
             unknown="" if manifest else "attack unknown: the checkpoint has no manifest",
             barrier=self._barrier_of_outside_launch(),
         )
+        failures: list[str] = []
         with threads(self.num_threads):
             run.open_folder(fresh=self.fresh)
             for name in phases:
-                run.run(name)
+                try:
+                    run.run(name)
+                except Exception as error:
+                    # Other processes would wait for this one.
+                    alone = self.num_devices * self.num_nodes == 1
+                    if name == UNDEFENDED or not alone or os.environ.get("LIGHTNING_BD_TRACEBACK"):
+                        raise
+                    failures.append(f"`{name}`: {type(error).__name__}: {error}")
+                    rank_zero_warn(f"The defense {failures[-1]}\nThe others go on.")
         if is_first_process():
             for stages in sorted(root.glob("*/stages.csv")):
                 plot_stages(stages, stages.with_suffix(".png"), title=stages.parent.name[3:])
             if self.show_results:
                 print_results(run.folder.results(), root, f"Test set, {path} after each defense")
+        if failures:
+            raise DefenseFailedError(
+                "These defenses failed and have no row; the same command tries them again:\n  " + "\n  ".join(failures)
+            )
 
     def interpolate(
         self,
@@ -104,17 +128,27 @@ class CommandTrainer(MultiPhaseTrainer):
             recalibrate: Measure BatchNorm's running statistics anew at each position, on as many clean training
                 images; else they are interpolated like the weights.
         """
+        self._refuse_fresh()
         data, paths = _own_data(datamodule), (Path(first), Path(second))
         for path in paths:
             check_weights(model, read_checkpoint(path)["state_dict"], path)
-        given, poisons, ends = data.poison, [], []
+        given, poisons, ends, manifests = data.poison, [], [], []
         for path in paths:
             data.replace_poison(given)
-            take_over(path, model, data, override_trigger=self.override_trigger)
+            manifests.append(take_over(path, model, data, override_trigger=self.override_trigger))
             poisons.append(data.poison)
             ends.append(copy_state(model))
+        if manifests[0] is not None and manifests[1] is not None and not self.override_trigger:
+            different = manifests[0].differences(manifests[1])
+            if different:
+                raise MisconfigurationException(
+                    "The two checkpoints name different triggers:\n  " + "\n  ".join(different) + "\nMeasure with the "
+                    "config's by `--override-trigger`."
+                )
         data.replace_poison(next((poison for poison in poisons if poison is not None), None))
         names = (named_after(paths[0]), named_after(paths[1]))
+        if names[0] == names[1] and paths[0] != paths[1]:
+            names = (f"{_run_of(paths[0])}-{names[0]}", f"{_run_of(paths[1])}-{names[1]}")
         folder = Path(self.default_root_dir) / "interpolate" / "--".join(names)
         with threads(self.num_threads):
             interpolate(
@@ -146,6 +180,7 @@ class CommandTrainer(MultiPhaseTrainer):
             max_images: At most so many test images per set.
             seed: Seed of the directions.
         """
+        self._refuse_fresh()
         path, data = Path(ckpt_path), _own_data(datamodule)
         take_over(path, model, data, override_trigger=self.override_trigger)
         folder = Path(self.default_root_dir) / "landscape" / named_after(path)
@@ -182,6 +217,7 @@ class CommandTrainer(MultiPhaseTrainer):
             max_images: At most so many test images per set.
             seed: Seed of the power iteration's start.
         """
+        self._refuse_fresh()
         path, data = Path(ckpt_path), _own_data(datamodule)
         take_over(path, model, data, override_trigger=self.override_trigger)
         folder = Path(self.default_root_dir) / "sharpness" / named_after(path)
@@ -195,6 +231,16 @@ class CommandTrainer(MultiPhaseTrainer):
             for row in rows:
                 table.add_row(*row.values())
             wide_console().print(table)
+
+    def _refuse_fresh(self) -> None:
+        if self.fresh:
+            raise MisconfigurationException(
+                "`--fresh` is for `fit` and `defend`, which go on in their folders; this command writes its own anew."
+            )
+
+
+def _run_of(checkpoint: Path) -> str:
+    return checkpoint.absolute().parent.parent.name
 
 
 def _own_data(datamodule: LightningDataModule) -> ImageDataModule:

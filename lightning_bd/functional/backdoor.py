@@ -22,7 +22,8 @@ def count_matches(preds: Tensor, wanted: Tensor, other: Tensor, exclude_equal: b
     label as ``other`` it is the attack success rate, the other way round the robust accuracy.
 
     Args:
-        preds: Logits or scores ``(B, K)``, floating point, or predicted labels ``(B,)``, integer.
+        preds: Logits or scores ``(B, K)``, floating point, or predicted labels ``(B,)``, integer. Logits with a NaN
+            match nothing.
         wanted: Labels ``(B,)`` to compare with, integer.
         other: The other label of each image, ``(B,)``, integer.
         exclude_equal: Whether images with ``wanted == other``, where the trigger has nothing to change, are left out.
@@ -39,7 +40,8 @@ def count_matches(preds: Tensor, wanted: Tensor, other: Tensor, exclude_equal: b
         (tensor(1), tensor(2))
     """
     if preds.ndim == 2 and preds.is_floating_point():
-        preds = preds.argmax(dim=1)
+        # The largest of logits with a NaN is the first NaN: of a broken model always class 0, a usual target.
+        preds = torch.where(preds.isnan().any(dim=1), -1, preds.argmax(dim=1))
     elif preds.ndim != 1 or preds.is_floating_point():
         raise ValueError(
             "Expected argument `preds` to be floating point logits of shape (B, K) or integer labels of shape (B,), "

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bd.functional.modes import mode
+from lightning_bd.functional.replaced import call_with
 
 __all__ = ("memory_aware_importance", "memory_aware_sums")
 
@@ -161,8 +162,7 @@ class _OutputGradients:
                     total += one.to(total.dtype).abs_()
 
     def _squared_norm(self, parameters: _Tensors, x: Tensor) -> Tensor:
-        output: Tensor = functional_call(self._model, {**self._buffers, **parameters}, (x[None].clone(),))
-        return output.square().sum()
+        return call_with(self._model, {**self._buffers, **parameters}, x[None].clone()).square().sum()
 
 
 def _chunks(

@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bd.functional.layer_squares import LayerSquares, in_parts, layer_squares
+from lightning_bd.functional.replaced import call_with
 
 __all__ = ("Cotangents", "SquaredGradients")
 
@@ -181,8 +182,7 @@ class SquaredGradients:
 
         def gradient(x: Tensor, direction: Tensor) -> dict[str, Tensor]:
             def logits(weights: dict[str, Tensor]) -> Tensor:
-                output: Tensor = functional_call(self._model, weights, (x[None].clone(),))
-                return output
+                return call_with(self._model, weights, x[None].clone())
 
             weight_gradients: dict[str, Tensor] = vjp(logits, parameters)[1](direction[None])[0]
             return weight_gradients

@@ -64,7 +64,8 @@ def top_hessian_eigenvalue(
     ``.grad`` and modes are left as they were.
 
     Args:
-        model: Maps images ``(B, ...)`` to logits ``(B, K)``, and can be differentiated twice.
+        model: Maps images ``(B, ...)`` to logits ``(B, K)``, and can be differentiated twice. Compiled parts run as
+            written.
         batches: Batches on the model's device; ``batch[0]`` are the images, ``batch[1]`` the labels ``(B,)``.
         iterations: Hessian-vector products at most, positive; each takes about three times as long as a gradient.
         tolerance: Relative residual to stop at, positive.
@@ -142,8 +143,9 @@ def max_loss_in_ball(
         loss: Mean over a batch; batches of different sizes are weighted by them.
 
     Returns:
-        The loss at the weights, the largest one found, and their difference, at least 0. If the network overflows in
-        the ball the search ends, and the latter two are infinite.
+        The loss at the weights, the largest one found, and their difference, at least 0. Where a loss
+        in the ball is not finite the search ends, and the latter two are infinite. Where only its gradient is not
+        finite the search ends too, with the largest loss seen.
 
     Raises:
         ValueError: If an argument is out of range, there is no image or no parameter that requires a gradient, or the
@@ -208,8 +210,9 @@ def _count(batches: Sequence[Sequence[Tensor]]) -> int:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    # The fused kernels of attention have no second derivative.
-    with mode(model, training=False), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    # Compiled modules and the fused kernels of attention have no second derivative.
+    plain, unfused = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
+    with mode(model, training=False), torch.inference_mode(False), torch.enable_grad(), plain, unfused:
         yield
 
 

@@ -70,7 +70,7 @@ class TriggerInversion:
         cost: First positive weight of the mask's norm, in loss per pixel; the authors' code: 1e-3.
         cost_multiplier: Above 1; the authors' example: 2.
         patience: Steps before the weight changes, at least 1; the authors' example: 5.
-        success_threshold: Share of images that must go to the class, in (0, 1]; the paper: 0.99.
+        success_threshold: Share of images that must go to the class, in (0, 1]; usually 0.99.
         early_stop: Steps without a smaller mask before a class stops, at least 1; the authors' example: 25.
         images_per_pass: Most images times classes in one forward pass, for memory; one class goes alone if need be.
 

@@ -1,6 +1,7 @@
 """A second pass with the learning rate at 0 is a plain run, to the last bit, in all that a user can see."""
 
 import random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -214,6 +215,34 @@ def test_random_state_covers_the_device() -> None:
     first = torch.rand(2, device="cuda")
     state.restore()
     assert torch.equal(torch.rand(2, device="cuda"), first)
+
+
+def test_random_state_asks_for_the_given_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the current one, of several."""
+    device = torch.device("cuda", 1)
+    streams = {torch.device("cuda", 0): torch.zeros(1), device: torch.ones(1)}
+
+    def get_rng_state(which: torch.device = torch.device("cuda", 0)) -> Tensor:  # noqa: B008
+        return streams[which]
+
+    def set_rng_state(state: Tensor, which: torch.device = torch.device("cuda", 0)) -> None:  # noqa: B008
+        streams[which] = state
+
+    module = SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    state = RandomState(device)
+    streams[device] = torch.full((1,), 2.0)
+    state.restore()
+    assert {place.index: stream.item() for place, stream in streams.items()} == {0: 0.0, 1: 1.0}
+
+
+def test_random_state_is_seeded_and_put_back() -> None:
+    before, state = torch.get_rng_state(), RandomState(torch.device("cpu"))
+    state.seed(3)
+    drawn = torch.rand(2)
+    assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    state.restore()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_copy_tensors_keeps_values_dtypes_and_strides() -> None:

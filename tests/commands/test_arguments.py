@@ -22,6 +22,7 @@ from lightning_bd.config_files import ConfigError
         ("landscape --override-trigger a.ckpt -c=x", "landscape --ckpt_path=a.ckpt --override-trigger -c=x"),
         ("sharpness a.ckpt --rho=0.1 -c x", "sharpness --ckpt_path=a.ckpt --rho=0.1 -c x"),
         ("landscape --help", "landscape --help"),
+        ("defend --print_config --ckpt_path a -c x", "defend --print_config --ckpt_path a -c x"),
     ],
 )
 def test_arguments_are_named(typed: str, wanted: str) -> None:
@@ -34,6 +35,8 @@ def test_arguments_are_named(typed: str, wanted: str) -> None:
         ("landscape a.ckpt b.ckpt", "`landscape` takes 1 checkpoint, but got a.ckpt, b.ckpt"),
         ("interpolate a b c", "`interpolate` takes 2 checkpoints, but got a, b, c"),
         ("defend a.ckpt", "`defend` takes no positional argument, but got a.ckpt"),
+        ("interpolate a -c x", "`interpolate` takes 2 checkpoints, but got 1"),
+        ("sharpness -c x", "`sharpness` takes 1 checkpoint, but got 0"),
     ],
 )
 def test_too_many_are_refused(typed: str, words: str) -> None:
@@ -46,11 +49,13 @@ def test_the_config_of_the_run_that_the_checkpoint_lies_in(tmp_path: Path) -> No
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     without = ["landscape", f"--ckpt_path={checkpoint}"]
-    assert expand_arguments(["landscape", str(checkpoint)]) == without
+    with pytest.raises(ConfigError, match=r"lies in no run: .* `--config NAME_OR_FILE`"):
+        expand_arguments(["landscape", str(checkpoint)])
     config = tmp_path / "run" / "config.yaml"
     config.touch()
-    assert expand_arguments(["landscape", str(checkpoint)]) == ["landscape", f"--config={config}", *without[1:]]
+    run = [f"--config={config}", f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_epochs=null"]
+    assert expand_arguments(["landscape", str(checkpoint)]) == ["landscape", *run, *without[1:]]
     # A config that is named is the one.
     assert expand_arguments(["landscape", str(checkpoint), "-c", "mine"]) == [*without, "-c", "mine"]
     defend = ["defend", "--ckpt_path", str(checkpoint), "--defenses=ft"]
-    assert expand_arguments(defend) == ["defend", f"--config={config}", *defend[1:]]
+    assert expand_arguments(defend) == ["defend", *run, *defend[1:]]

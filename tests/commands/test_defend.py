@@ -2,6 +2,8 @@
 
 import csv
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
+from lightning_bd.callbacks.defense import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint
 from lightning_bd.commands.defend import load_defenses, plan_phases, shipped_defenses, weights_sha256
 from lightning_bd.config_files import ConfigError
@@ -72,6 +76,70 @@ def test_finished_defenses_are_skipped_and_keep_their_rows(lightning_bd: Command
     assert lightning_bd("defend", *options, "--defenses", "fast.yaml", "slow.yaml").status == 0
     assert rows(folder) == after
     assert (folder / "01_slow" / "final.ckpt").stat().st_mtime_ns == written
+
+
+class Fails(Defense):
+    """Has a bug."""
+
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        raise RuntimeError("singular matrix")
+
+
+class Breaks(Defense):
+    """Leaves a model that is not one."""
+
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        return Report(note="done")
+
+
+class Refuses(Defense):
+    """Needs what no model has."""
+
+    def purify(self, model: nn.Module, data: DefenderData) -> Report:
+        raise NotApplicableError("no crystal ball")
+
+
+@pytest.fixture
+def odd(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Defenses that fail, break the model and refuse, as files."""
+    module = types.ModuleType("odd_defenses")
+    monkeypatch.setitem(sys.modules, "odd_defenses", module)
+    for defense in (Fails, Breaks, Refuses):
+        setattr(module, defense.__name__, defense)
+        monkeypatch.setattr(defense, "__module__", "odd_defenses")
+        name = defense.__name__
+        (quick / f"{name}.yaml").write_text(f"callbacks: [{{class_path: odd_defenses.{name}}}]\n")
+    return quick
+
+
+@pytest.mark.filterwarnings("ignore:The defense `Fails`")
+def test_one_that_fails_does_not_stop_the_others(lightning_bd: Command, trained: Path, odd: Path) -> None:
+    options = ["--ckpt_path", trained / "00_inject" / "final.ckpt", "--trainer.default_root_dir", odd / "out"]
+    files = ["Refuses.yaml", "Fails.yaml", "Breaks.yaml", "slow.yaml"]
+    done = lightning_bd("defend", *options, "--defenses", *files)
+    assert done.status == 1
+    assert "`Fails`: RuntimeError: singular matrix" in done.err
+    folder = odd / "out" / "defend" / "00_inject"
+    found = rows(folder)
+    assert list(found) == ["none", "Refuses", "Breaks", "slow"]
+    assert found["Refuses"]["note"] == "not applicable: no crystal ball"
+    assert found["Breaks"]["note"].startswith("failed: the purified model has weights that are not finite")
+    for name in ("Refuses", "Breaks"):
+        assert {found[name][rate] for rate in ("clean_accuracy", "attack_success_rate", "distance")} == {""}
+        assert not list(folder.glob(f"*_{name}/final.ckpt"))
+        assert name in done.out
+    assert float(found["slow"]["clean_accuracy"]) > 0
+
+
+def test_rates_of_a_part_of_the_test_set_have_no_interval(lightning_bd: Command, trained: Path, quick: Path) -> None:
+    options = ["--ckpt_path", trained / "00_inject" / "final.ckpt", "--trainer.default_root_dir", quick / "out"]
+    done = lightning_bd("defend", *options, "--defenses=slow.yaml", "--trainer.limit_test_batches=1")
+    assert done.status == 0, done.err
+    row = rows(quick / "out" / "defend" / "00_inject")["slow"]
+    assert float(row["attack_success_rate"]) >= 0
+    assert row["attack_success_low"] == row["attack_success_high"] == ""
 
 
 def test_another_checkpoint_of_the_same_name_is_refused(lightning_bd: Command, trained: Path, quick: Path) -> None:

@@ -189,6 +189,14 @@ def test_attention_and_unused_parameters_are_differentiated_twice() -> None:
     assert result.converged
 
 
+def test_compiled_models_are_differentiated_twice() -> None:
+    model, batches = make_net().eval(), make_batches()
+    expected = top_hessian_eigenvalue(model, batches, iterations=3)
+    model.compile(backend="aot_eager")
+    model(batches[0][0])
+    assert top_hessian_eigenvalue(model, batches, iterations=3) == expected
+
+
 def test_measuring_inside_no_grad_works() -> None:
     model, batches = make_net(), make_batches()
     with torch.no_grad():
@@ -301,6 +309,15 @@ def test_overflow_is_an_infinite_loss() -> None:
         result = max_loss_in_ball(model, batches, steps=5, loss=loss)
         assert result.worst_loss == result.sharpness == float("inf")
         assert result.loss < 10
+
+
+def test_a_gradient_that_is_not_finite_ends_the_search() -> None:
+    """The square root has an infinite one at the minimum, where the loss is finite."""
+    model, batches = nn.Linear(1, 1, bias=False), [(torch.ones(1, 1), torch.zeros(1, 1))]
+    nn.init.constant_(model.weight, 1.0)
+    result = max_loss_in_ball(model, batches, rho=1.0, steps=3, loss=lambda z, _: 2 - z.sub(2).abs().sqrt().sum())
+    assert result == (1.0, 2.0, 1.0)
+    assert model.weight.item() == 1
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])

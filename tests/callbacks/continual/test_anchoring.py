@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_bd.batch import Sample
 from lightning_bd.callbacks.continual.anchoring import Anchoring
 
 if TYPE_CHECKING:
-    from tests.callbacks.conftest import Lab
+    from tests.callbacks.conftest import Batch, Lab
     from tests.callbacks.continual.conftest import AnchoringMethod
 
 pytestmark = [
@@ -171,13 +173,31 @@ def test_tied_weights_and_buffers_that_no_checkpoint_holds(lab: Lab, anchoring: 
     torch.testing.assert_close(anchoring.strength * term, expected)
 
 
+def test_layers_with_a_second_name(lab: Lab, anchoring: AnchoringMethod) -> None:
+    """And a `training_step` that calls a submodule: both the anchor's pass and that for the logits swap tensors."""
+
+    class Aliases(LightningModule):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.get_submodule("net")(batch[0]), batch[1])
+
+    module, expected = anchoring.module(Aliases), anchoring.module(Aliases)
+    module.encoder, module.norm = module.net.get_submodule("0"), module.net.get_submodule("1")
+    before = [*module.net.parameters(), *module.net.buffers()]
+    for each in (module, expected):
+        lab.trainer(Anchoring(anchoring.strength, clean_only=False)).fit(each, anchoring.loader())
+    assert all(a is b for a, b in zip([*module.net.parameters(), *module.net.buffers()], before, strict=True))
+    lab.assert_equal_states(module.net, expected.net, atol=0)
+
+
 def test_checkpoint_of_another_model_is_refused(lab: Lab, anchoring: AnchoringMethod) -> None:
     class Resumes(Anchoring):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             self.load_state_dict({"anchor": {"other": torch.zeros(1)}})
             super().on_fit_start(trainer, pl_module)
 
-    with pytest.raises(RuntimeError, match="Unexpected key"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`Resumes` resumes with the anchor .*: 'frozen.bias' is in one"
+    ):
         lab.trainer(Resumes(anchoring.strength)).fit(anchoring.module(), anchoring.loader())
 
 

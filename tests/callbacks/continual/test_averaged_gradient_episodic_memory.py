@@ -262,6 +262,20 @@ def test_share_of_projected_steps_is_logged(lab: Lab, agem: GradientMemoryMethod
     assert len(set(logged)) == 2
 
 
+def test_a_resumed_fit_goes_on_counting(lab: Lab, agem: GradientMemoryMethod, tmp_path: Path) -> None:
+    """The first epoch's five steps leave one that was not recorded."""
+    shares = []
+    for resumed in (False, True):
+        extra = [] if resumed else [lab.saves_first_epoch(tmp_path / "first.ckpt")]
+        logger = CSVLogger(tmp_path / str(resumed))
+        trainer = lab.trainer(agem.callback(), *extra, epochs=2, accumulate=1, logger=logger, log_every=4)
+        path = tmp_path / "first.ckpt" if resumed else None
+        trainer.fit(agem.module(), agem.loader(), ckpt_path=path, weights_only=True)
+        shares.append(float(trainer.callback_metrics["a_gem/projected"]))
+    expected = sum(agem.by_hand().notes[4:8]) / 4
+    assert shares == [expected, expected]
+
+
 @pytest.mark.parametrize(
     ("dataloader", "message"),
     [

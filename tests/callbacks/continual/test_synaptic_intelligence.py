@@ -146,6 +146,25 @@ def test_three_tasks_with_one_object(lab: Lab, accumulate: int, clip: float | No
     assert lab.distance(module, plain) > 1e-4
 
 
+def test_an_optimizer_of_some_parameters_with_sam(lab: Lab) -> None:
+    """The others keep the gradients of all passes; the account of those that move is that of a frozen body."""
+
+    class OnlyHead(LightningModule):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.get_submodule("net.4").parameters(), lr=0.05, momentum=0.9)
+
+    module, frozen = make_module(lab, OnlyHead), make_module(lab, OnlyHead)
+    frozen.net.requires_grad_(False).get_submodule("4").requires_grad_(True)
+    callbacks = [SynapticIntelligence(STRENGTH, XI) for _ in range(2)]
+    for callback, each in zip(callbacks, (module, frozen), strict=True):
+        fit(lab, callback, each, 1, 2, sam=0.2)
+    actual, expected = (callback.carried_state()["carried"] for callback in callbacks)
+    assert set(expected) == {"net.4.weight", "net.4.bias"}
+    for name, value in expected.items():
+        assert value.any()
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-7)
+
+
 def test_bf16(lab: Lab) -> None:
     module, callback = make_module(lab), SynapticIntelligence(STRENGTH, XI)
     fit(lab, callback, module, 1, 2, settings=lab.settings(bf16=True))

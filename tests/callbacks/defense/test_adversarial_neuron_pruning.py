@@ -211,6 +211,26 @@ def test_masks_equal_the_equations(options: dict[str, float]) -> None:
     assert report.epochs == 3
 
 
+def test_layers_with_a_second_name() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = normalized_net()
+            self.norm, self.head = self.net.get_submodule("1"), self.net.get_submodule("8")
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x)
+            return logits
+
+    model, plain = Aliased(), normalized_net()
+    before = list(model.parameters())
+    first, second = (AdversarialNeuronPruning(iterations=4).purify(each, make_data()) for each in (model, plain))
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    assert [f"net.{name}" for name in second.tensors] == list(first.tensors)
+    assert all(torch.equal(first.tensors[f"net.{name}"], mask) for name, mask in second.tensors.items())
+    assert same(model.net, plain)
+
+
 def test_without_normalisation_filters_and_rows_are_masked() -> None:
     model = plain_net()
     expected = masks_by_hand(model, plain_forward, {"0": 6, "3": 8}, {"0"}, 5)
@@ -261,17 +281,27 @@ def test_a_given_threshold_is_taken_whatever_it_costs() -> None:
     assert any(bool((mask == 1).any()) for mask in report.tensors.values())
 
 
-def test_nothing_is_pruned_below_zero_or_without_epochs() -> None:
-    for defense, data in (
-        (AdversarialNeuronPruning(iterations=30, threshold=0.0), make_data()),
-        (AdversarialNeuronPruning(), make_data(epoch_limit=0)),
-    ):
-        model = normalized_net()
-        report = defense.purify(model, data)
-        assert same(model, normalized_net())
-        assert report.values["pruned"] == 0
-        assert report.values["validation_accuracy"] == report.values["validation_accuracy_before"]
-    assert report.epochs == 0
+def test_an_exception_while_choosing_puts_the_weights_back() -> None:
+    passes: list[int] = []
+
+    def validation() -> Pairs:
+        passes.append(0)
+        if len(passes) == 4:
+            raise RuntimeError("the disk is gone")
+        return iter(VALIDATION)
+
+    model = normalized_net()
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        AdversarialNeuronPruning(iterations=30).purify(model, DefenderData(make_data().train, validation, CLASSES))
+    assert same(model, normalized_net())
+
+
+def test_nothing_is_pruned_below_zero() -> None:
+    model = normalized_net()
+    report = AdversarialNeuronPruning(iterations=30, threshold=0.0).purify(model, make_data())
+    assert same(model, normalized_net())
+    assert report.values["pruned"] == 0
+    assert report.values["validation_accuracy"] == report.values["validation_accuracy_before"]
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,11 @@ def test_a_view_made_by_hand_is_enough(tmp_path: Path) -> None:
 def test_it_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Defense()  # type: ignore[abstract]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    module, defense = Module(), AddOne()
+    module.get_parameter("net.1.weight").data[0, 0] = float("nan")
+    with pytest.raises(MisconfigurationException, match=r"weights that are not finite: `net\.1\.weight`; training has"):
+        fit(tmp_path, module, digits().defender_view(DEFEND), defense)
+    assert defense.report is None

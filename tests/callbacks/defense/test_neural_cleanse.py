@@ -322,6 +322,16 @@ def test_runs_on_every_kind_of_network(make: Callable[[], nn.Module], channels: 
     assert all(math.isfinite(value) for value in report.values.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision(dtype: torch.dtype) -> None:
+    batches = [(images.to(dtype), labels) for images, labels in make_batches()]
+    model = make_model().to(dtype)
+    report = run(model, make_data(batches))
+    assert report.note.startswith("detected: class 2 ")
+    assert report.epochs == 1
+    assert not torch.equal(model.get_parameter("3.weight"), make_model().to(dtype).get_parameter("3.weight"))
+
+
 def test_mixed_precision() -> None:
     def forward_context() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16)

@@ -119,6 +119,22 @@ def test_no_threshold_keeps_the_accuracy() -> None:
     assert report.note == "pruned 1 of 16 channels, u 1.9, yet 6.2 points of validation accuracy lost"
 
 
+def test_an_exception_between_candidates_puts_the_weights_back() -> None:
+    passes: list[int] = []
+
+    def breaks() -> Iterator[tuple[Tensor, Tensor]]:
+        passes.append(0)
+        if len(passes) == 2:
+            raise RuntimeError("the disk is gone")
+        return validation()
+
+    model = make_model()
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        prune_outliers(model, DefenderData(refuse, breaks, 16), {"0": (norm_of(model), SCORES)}, [1.0, 3.0], 0.0)
+    assert norm_of(model).weight.tolist() == [1.0] * 16
+    assert norm_of(model).bias.tolist() == [0.5] * 16
+
+
 def test_two_scores_of_one_layer() -> None:
     """Two convolutions may share a normalisation; restoring for the second must not undo the first."""
     model = make_model()
