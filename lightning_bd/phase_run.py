@@ -214,7 +214,7 @@ class PhaseRun:
             metrics = tester.test(self._model, datamodule=self._datamodule, verbose=False)[0]
         if is_first_process():
             accuracy, success = metrics.get("test/clean_accuracy"), metrics.get("test/attack_success_rate")
-            limit = tester.limit_test_batches  # type: ignore[attr-defined]
+            limit = tester.limit_test_batches
             whole = isinstance(limit, float) and limit == 1.0  # an integer is a number of batches
             low, high = success_interval(success, self._datamodule, whole=whole)
             notes = [record["note"], self._unknown if success is None else ""]
