@@ -11,6 +11,8 @@ __all__ = ("plot_learning_rates", "plot_results", "plot_stages", "read_rows")
 
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_SERIES = (_ORANGE, _BLUE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKERS = "so^Dv<>P"
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -69,32 +71,48 @@ def plot_learning_rates(study: Path, figure: Path, title: str = "") -> None:
         study: CSV with columns ``model``, ``learning_rate``, ``seed``, ``clean_accuracy``, ``attack_success_rate``.
         figure: The PNG file to write.
         title: Above the figure.
+
+    Raises:
+        ValueError: If the file is missing or empty, or has more models than can be told apart.
     """
     rows = read_rows(study)
-    canvas = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
-    panels = canvas.subplots(1, 2)
     models = list(dict.fromkeys(row["model"] for row in rows))
+    if len(models) > len(_SERIES):
+        raise ValueError(f"Expected at most {len(_SERIES)} models in one figure, but {study} has {len(models)}.")
+    canvas = Figure(figsize=(8, 3.8 + 0.22 * max(0, len(models) - 3)), dpi=150, layout="constrained")
+    panels = canvas.subplots(1, 2)
     rates = sorted({float(row["learning_rate"]) for row in rows})
     seeds = len({row["seed"] for row in rows})
+    # Side by side, so that bars of one rate do not hide each other.
+    step = 0.0 if len(models) <= 3 else 0.08
     panels_shown = (("attack_success_rate", "attack success rate (%)"), ("clean_accuracy", "clean accuracy (%)"))
     for axes, (column, label) in zip(panels, panels_shown, strict=True):
-        for model, color, marker in zip(models, (_ORANGE, _BLUE, _GREEN), "so^", strict=False):
+        for number, model in enumerate(models):
+            color, marker = _SERIES[number], _MARKERS[number]
             groups = [
                 [100 * float(r[column]) for r in rows if r["model"] == model and float(r["learning_rate"]) == rate]
                 for rate in rates
             ]
+            # A model may have been tried at some of the rates only.
+            places = [place + step * (number - (len(models) - 1) / 2) for place, group in enumerate(groups) if group]
+            groups = [group for group in groups if group]
             means = [statistics.mean(group) for group in groups]
             below = [mean - min(group) for mean, group in zip(means, groups, strict=True)]
             above = [max(group) - mean for mean, group in zip(means, groups, strict=True)]
             axes.errorbar(
-                range(len(rates)), means, yerr=(below, above), label=model, color=color, marker=marker, capsize=4
+                places, means, yerr=(below, above), label=model, color=color, marker=marker, capsize=3, markersize=5
             )
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_xlabel("learning rate of fine-tuning")
         axes.margins(x=0.06)
         _percent_axis(axes, label)
-    panels[0].legend(frameon=False, loc="lower left", fontsize=9)
-    canvas.suptitle(f"{title} (mean and range of {seeds} seeds)".strip(), fontsize=10)
+    if step:
+        handles, labels = panels[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    else:
+        panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    several = f"up to {seeds} seeds" if len(models) > 3 else f"{seeds} seeds"
+    canvas.suptitle(f"{title} (mean and range of {several})".strip(), fontsize=10)
     canvas.savefig(figure)
 
 
