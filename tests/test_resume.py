@@ -131,6 +131,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder, statuses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pair[0]["run"] for pair in SOME[:-2]])
 def test_one_process(one_process: tuple[Path, dict[str, list[int]]], name: str) -> None:
     folder, statuses = one_process

@@ -105,6 +105,7 @@ def test_wrong_labels_are_refused(metric_class: type[Metric]) -> None:
         metric_class().update(labels, labels, labels[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_processes_sum_their_counts(tmp_path: Path) -> None:
     worker = Path(__file__).with_name("sync_worker.py")

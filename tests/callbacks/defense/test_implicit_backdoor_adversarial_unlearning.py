@@ -302,6 +302,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         ImplicitBackdoorAdversarialUnlearning(**arguments)
 
 
+@pytest.mark.slow
 def test_the_backdoor_fades(attacked_small_cnn: Attacked) -> None:
     """The defaults, but for the radius, the same 0.18 per value of these smaller images, and for four times the rounds.
 
