@@ -141,6 +141,7 @@ def test_one_process(one_process: tuple[Path, dict[str, list[int]]], name: str) 
     assert len(outcome(folder / name)[0]) == 3
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_an_unseeded_batch(one_process: tuple[Path, dict[str, list[int]]]) -> None:
     # A cut run then draws other dropout masks after its resume.
     folder, statuses = one_process
