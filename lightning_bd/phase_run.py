@@ -1,31 +1,22 @@
 """Running the phases: one folder, one fresh Trainer and one result each."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import lightning
-from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    ModelCheckpoint,
-)
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from lightning_bd.batch import PoisonMode
 from lightning_bd.callbacks.defense import Defense, NotApplicableError
 from lightning_bd.carrying import carried_states, hand_over, names_of_carriers
 from lightning_bd.checkpointing import (
     RECORD_KEY,
-    AtomicCheckpointIO,
     check_weights,
     read_checkpoint,
     save_atomically,
@@ -46,6 +37,7 @@ from lightning_bd.phase_callbacks import (
 )
 from lightning_bd.phase_logger import PhaseTensorBoardLogger
 from lightning_bd.phase_measurement import copy_state, distance, rating, success_interval, write_images, write_stages
+from lightning_bd.phase_setup import check_defender, data_of, fresh_trainer, loggers_of, optimizer_of
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
 from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
@@ -114,14 +106,14 @@ class PhaseRun:
         if is_first_process():
             datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
         self._barrier()
-        self._data = {name: _phase_data(phase, datamodule) for name, phase in phases.items()}
+        self._data = {name: data_of(phase, datamodule) for name, phase in phases.items()}
         root = Path(arguments.get("default_root_dir") or Path("runs") / "phases")
         self.folder = RunFolder(root, list(phases), collects=collects)
         for data in self._data.values():
             datamodule.set_phase(data)
         for name, phase in phases.items():
             if phase.defends:
-                _check_defender(name, datamodule, self._data[name])
+                check_defender(name, datamodule, self._data[name])
         if not is_overridden("test_step", model):
             raise MisconfigurationException(
                 f"Each phase ends with a test, but `{type(model).__name__}` has no `test_step`. Add one, or use "
@@ -187,7 +179,7 @@ class PhaseRun:
                 f"Phase `{name}` starts from `{parent}`, which left no model: {before.note}."
             )
         first_step = 0 if before is None else before.steps
-        loggers = self._loggers(here.path, first_step)
+        loggers = loggers_of(self._arguments, here.path, first_step)
         start = self.folder.initial if parent == INIT else self.folder.phase(parent).final
         parent_record = self._load(start)
         start_weights = copy_state(self._model)
@@ -209,7 +201,7 @@ class PhaseRun:
         for logger in loggers:
             if isinstance(logger, PhaseTensorBoardLogger):
                 logger.first_step = last_step
-        tester = self._fresh_trainer(Phase("test"), logger=loggers, enable_progress_bar=False, callbacks=[])
+        tester = fresh_trainer(self._arguments, Phase("test"), logger=loggers, enable_progress_bar=False, callbacks=[])
         with quiet(), expected_warnings():
             metrics = tester.test(self._model, datamodule=self._datamodule, verbose=False)[0]
         if is_first_process():
@@ -274,7 +266,8 @@ class PhaseRun:
         carried = RunRecord(phase.name, None, None) if phase.defends else run_record
         callbacks = [*copy.deepcopy(self._arguments.get("callbacks") or []), *phase.callbacks]
         preview = [TriggerPreview(self._datamodule, self.folder.root)] if self._data[phase.name].poison else []
-        trainer = self._fresh_trainer(
+        trainer = fresh_trainer(
+            self._arguments,
             phase,
             logger=loggers,
             default_root_dir=here.path,
@@ -293,7 +286,7 @@ class PhaseRun:
         resume = here.last.is_file()
         if resume:
             rank_zero_info(f"Phase `{phase.name}` was cut: it goes on after its last complete epoch.")
-        with _optimizer_of(phase, self._model), expected_warnings(), quiet():
+        with optimizer_of(phase, self._model), expected_warnings(), quiet():
             trainer.fit(self._model, datamodule=data, ckpt_path=here.last if resume else None, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt(f"Phase `{phase.name}` was interrupted; the same command continues it.")
@@ -333,29 +326,6 @@ class PhaseRun:
                 rank_zero_warn(f"Phase `{phase.name}`: its pictures or stages failed, the model is safe. ({error!r})")
         trainer.strategy.barrier("final checkpoint")
         return record
-
-    def _fresh_trainer(self, phase: Phase, **ours: Any) -> Trainer:
-        arguments = {**self._arguments, **(phase.trainer or {}), **ours}
-        arguments["strategy"] = copy.deepcopy(arguments.get("strategy", "auto"))
-        arguments["use_distributed_sampler"] = False  # our loaders know their rank
-        plugins = arguments.get("plugins") or []
-        plugins = [*plugins] if isinstance(plugins, Sequence) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
-        arguments["plugins"] = plugins
-        arguments["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in arguments["callbacks"])
-        if arguments.get("enable_model_summary") is None:
-            arguments["enable_model_summary"] = False
-        with quiet():
-            return Trainer(**arguments)
-
-    def _loggers(self, path: Path, first_step: int) -> list[Logger]:
-        given = self._arguments.get("logger")
-        if given is None or given is True:
-            return [PhaseTensorBoardLogger(path, first_step)]
-        if given is False:
-            return []
-        return list(given) if isinstance(given, Sequence) else [given]
 
     def _load(self, path: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
@@ -400,43 +370,3 @@ class PhaseRun:
 def is_first_process() -> bool:
     """Return whether this process is the first of the run; also before any Trainer started the others."""
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _check_defender(name: str, datamodule: ImageDataModule, data: PhaseData) -> None:
-    """Cut the defender's view once, so that a split that is too small is known before hours of training."""
-    try:
-        datamodule.defender_view(data)
-    except ValueError as error:
-        raise MisconfigurationException(
-            f"Phase `{name}`: the defender's images are cut into train and validation, and are too few. {error}"
-        ) from error
-
-
-def _phase_data(phase: Phase, datamodule: ImageDataModule) -> PhaseData:
-    mode: PoisonMode | None = None
-    if phase.poisoned is True:
-        mode = datamodule.poison.mode if datamodule.poison is not None else "dynamic"
-    elif phase.poisoned is not False:
-        mode = phase.poisoned
-    return PhaseData(phase.name or "", phase.splits, mode, phase.batch_size)
-
-
-@contextmanager
-def _optimizer_of(phase: Phase, model: LightningModule) -> Iterator[None]:
-    """Let the model configure the phase's optimizer and scheduler inside the block."""
-    if phase.optimizer is None:
-        yield
-        return
-    make_optimizer, make_scheduler = phase.optimizer, phase.lr_scheduler
-
-    def configure_optimizers(self: LightningModule) -> OptimizerLRScheduler:
-        optimizer = make_optimizer(self.parameters())
-        if make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": make_scheduler(optimizer)}
-
-    model.configure_optimizers = MethodType(configure_optimizers, model)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.__dict__["configure_optimizers"]

@@ -15,11 +15,11 @@ _POSITIONALS = {
     "sharpness": ("ckpt_path",),
 }
 # Options that take several values.
-_LISTS = {"--defenses"}
+_LISTS = {"--defenses", "--detectors"}
 # Options without a value.
 _FLAGS = {"--fresh", "--override_trigger", "--override-trigger", "--print_config", "-h", "--help"}
 #: Commands that find the config of a run by its checkpoint.
-_FOLLOW = (*_POSITIONALS, "defend")
+_FOLLOW = (*_POSITIONALS, "defend", "score", "filter")
 
 
 def expand_arguments(args: list[str]) -> list[str]:
@@ -80,6 +80,8 @@ def _with_config(args: list[str]) -> list[str]:
     checkpoint = options.get("--first") or options.get("--ckpt_path")
     if not checkpoint or any(option.startswith(("--model", "--print_config")) for option in options):
         return args
+    if not Path(checkpoint).is_file():
+        raise ConfigError(f"There is no checkpoint {checkpoint}: the file does not exist.")
     run = Path(checkpoint).absolute().parent.parent
     if not (run / "config.yaml").is_file():
         raise ConfigError(

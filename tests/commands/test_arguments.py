@@ -1,5 +1,6 @@
 """Arguments as people type them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,15 @@ def test_the_config_of_the_run_that_the_checkpoint_lies_in(tmp_path: Path) -> No
     assert expand_arguments(["landscape", str(checkpoint), "-c", "mine"]) == [*without, "-c", "mine"]
     defend = ["defend", "--ckpt_path", str(checkpoint), "--defenses=ft"]
     assert expand_arguments(defend) == ["defend", *run, *defend[1:]]
+
+
+def test_a_checkpoint_that_does_not_exist(tmp_path: Path) -> None:
+    """Whether or not there is a run around it."""
+    checkpoint = tmp_path / "run" / "00_inject" / "fnal.ckpt"
+    for arguments in (["landscape", str(checkpoint)], ["defend", "--ckpt_path", str(checkpoint), "--defenses=ft"]):
+        with pytest.raises(ConfigError, match=f"^There is no checkpoint {re.escape(str(checkpoint))}: the file does"):
+            expand_arguments(arguments)
+    checkpoint.parent.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="the file does not exist"):
+        expand_arguments(["landscape", str(checkpoint)])

@@ -1,13 +1,15 @@
 """Losses between and around networks, against networks that are built at those weights by hand."""
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
 
 from lightning_bd.backbones import small_cnn
@@ -20,63 +22,13 @@ from lightning_bd.functional.loss_surface import (
     surface,
 )
 
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def make_net(seed: int = 0) -> nn.Sequential:
-    """Weights and running statistics of their own; one layer in a mode of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 3)
-        )
-        for parameter in net[1].parameters():
-            nn.init.normal_(parameter, 1.0)
-        for _ in range(seed + 1):
-            net(torch.rand(8, 1, 6, 6))
-    net[2].eval()
-    return net
-
-
-def make_batches(sizes: tuple[int, ...] = (8, 3), seed: int = 0) -> Batches:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.rand(size, 1, 6, 6, generator=generator), torch.randint(3, (size,), generator=generator))
-        for size in sizes
-    ]
-
-
-def snapshot(model: nn.Module) -> tuple[dict[str, Tensor], list[bool]]:
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return state, [module.training for module in model.modules()]
-
-
-def assert_untouched(model: nn.Module, before: tuple[dict[str, Tensor], list[bool]]) -> None:
-    state, modes = snapshot(model)
-    assert modes == before[1]
-    assert all(torch.equal(tensor, before[0][name]) for name, tensor in state.items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def expected(model: nn.Module, weights: Mapping[str, Tensor], batches: Batches) -> tuple[float, float]:
-    """Loss and accuracy of a copy with these weights, all images at once."""
-    model = copy.deepcopy(model).eval()
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    logits = functional_call(model, dict(weights), (images,)).detach()
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-
-
-class Explodes(Batches):
-    """Batches of which the second raises."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield make_batches()[0]
-        raise RuntimeError("no more")
+if TYPE_CHECKING:
+    from tests.functional.conftest import Toys
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0, 1.5])
-def test_interpolated_weights(t: float) -> None:
-    first, second = make_net(0).state_dict(), make_net(1).state_dict()
+def test_interpolated_weights(toys: Toys, t: float) -> None:
+    first, second = toys.net(0).state_dict(), toys.net(1).state_dict()
     between = interpolate_weights(first, second, t)
     assert list(between) == list(first)
     for name, value in between.items():
@@ -100,8 +52,10 @@ def test_interpolated_weights(t: float) -> None:
         (lambda w: w.update({"5.bias": w["5.bias"].double()}), "`5.bias` is torch.float32 in the first and .*float64"),
     ],
 )
-def test_other_architectures_are_refused(change: Callable[[dict[str, Tensor]], object], message: str) -> None:
-    first, second = make_net().state_dict(), dict(make_net().state_dict())
+def test_other_architectures_are_refused(
+    toys: Toys, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    first, second = toys.net().state_dict(), dict(toys.net().state_dict())
     change(second)
     with pytest.raises(ValueError, match=f"Only weights of the same architecture can be interpolated, but {message}"):
         interpolate_weights(first, second, 0.5)
@@ -113,14 +67,14 @@ def test_positions_are_finite(t: float) -> None:
         interpolate_weights({}, {}, t)
 
 
-def test_recalibration_is_torchs_without_dropout() -> None:
-    model, images = make_net(), [images for images, _ in make_batches((8, 8, 8), seed=5)]
+def test_recalibration_is_torchs_without_dropout(toys: Toys) -> None:
+    model, images = toys.net(), [images for images, _ in toys.batches((8, 8, 8), seed=5)]
     model[3] = nn.Identity()
     reference = copy.deepcopy(model)
     update_bn(images, reference)
-    before = snapshot(model)
+    before = toys.snapshot(model)
     assert recalibrate_batch_norm(model, images) == 1
-    state, modes = snapshot(model)
+    state, modes = toys.snapshot(model)
     assert modes == before[1]
     assert model[1].momentum == 0.1
     for name, value in reference.state_dict().items():
@@ -136,42 +90,42 @@ def test_recalibration_measures_without_dropout() -> None:
     assert state["1.running_var"] == 0
 
 
-def test_recalibration_leaves_other_networks_alone() -> None:
+def test_recalibration_leaves_other_networks_alone(toys: Toys) -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, track_running_stats=False))
-    assert recalibrate_batch_norm(model, (images for images, _ in Explodes())) == 0
+    assert recalibrate_batch_norm(model, (images for images, _ in toys.exploding())) == 0
 
 
-def test_a_failed_recalibration_leaves_no_trace() -> None:
-    model = make_net()
-    before = snapshot(model)
+def test_a_failed_recalibration_leaves_no_trace(toys: Toys) -> None:
+    model = toys.net()
+    before = toys.snapshot(model)
     with pytest.raises(ValueError, match="`batches` to hold at least one batch of images, but got none"):
         recalibrate_batch_norm(model, [])
     with pytest.raises(RuntimeError, match="no more"):
-        recalibrate_batch_norm(model, (images for images, _ in Explodes()))
+        recalibrate_batch_norm(model, (images for images, _ in toys.exploding()))
     assert model[1].momentum == 0.1
-    assert_untouched(model, before)
+    toys.assert_untouched(model, before)
 
 
-def test_line() -> None:
-    model, first, second = make_net(2), make_net(0), make_net(1)
-    data = {"clean": make_batches(), "poisoned": make_batches((4,), seed=1)}
-    before, seen = snapshot(model), list[float]()
+def test_line(toys: Toys) -> None:
+    model, first, second = toys.net(2), toys.net(0), toys.net(1)
+    data = {"clean": toys.batches(), "poisoned": toys.batches((4,), seed=1)}
+    before, seen = toys.snapshot(model), list[float]()
     for point in line(model, first.state_dict(), second.state_dict(), (0.0, 0.4, 1.0), data):
-        assert_untouched(model, before)
+        toys.assert_untouched(model, before)
         seen.append(point.position)
         weights = interpolate_weights(first.state_dict(), second.state_dict(), point.position)
         for name, batches in data.items():
-            assert point.results[name] == pytest.approx(expected(model, weights, batches), rel=1e-5)
+            assert point.results[name] == pytest.approx(toys.expected(model, weights, batches), rel=1e-5)
     assert seen == [0.0, 0.4, 1.0]
 
 
-def test_line_with_recalibration() -> None:
-    model, first, second = make_net(2), make_net(0), make_net(1)
-    before = snapshot(model)
-    data, images = {"clean": make_batches()}, [batch[0] for batch in make_batches((8, 8), seed=7)]
+def test_line_with_recalibration(toys: Toys) -> None:
+    model, first, second = toys.net(2), toys.net(0), toys.net(1)
+    before = toys.snapshot(model)
+    data, images = {"clean": toys.batches()}, [batch[0] for batch in toys.batches((8, 8), seed=7)]
     [point] = line(model, first.state_dict(), second.state_dict(), [0.5], data, images)
-    assert_untouched(model, before)
-    reference = make_net()
+    toys.assert_untouched(model, before)
+    reference = toys.net()
     reference.load_state_dict(interpolate_weights(first.state_dict(), second.state_dict(), 0.5))
     uncured = evaluate(reference, data["clean"])
     recalibrate_batch_norm(reference, images)
@@ -198,8 +152,8 @@ def test_directions_have_the_norms_of_the_filters() -> None:
     assert abs(F.cosine_similarity(first, weight.flatten(), dim=0)) < 5 / weight.numel() ** 0.5
 
 
-def test_directions_depend_on_the_generator_alone() -> None:
-    model = make_net()
+def test_directions_depend_on_the_generator_alone(toys: Toys) -> None:
+    model = toys.net()
     state = torch.get_rng_state()
     first, again, other = (filter_normalized_directions(model, torch.Generator().manual_seed(s))[0] for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -216,40 +170,40 @@ def test_directions_keep_the_dtype_and_dead_filters() -> None:
     assert not direction["weight"][0].any()
 
 
-def test_surface() -> None:
-    model, alphas, betas = make_net(), (-1.0, 0.0, 0.5), (0.0, 2.0)
-    data = {"clean": make_batches(), "poisoned": make_batches((4,), seed=1)}
+def test_surface(toys: Toys) -> None:
+    model, alphas, betas = toys.net(), (-1.0, 0.0, 0.5), (0.0, 2.0)
+    data = {"clean": toys.batches(), "poisoned": toys.batches((4,), seed=1)}
     directions = filter_normalized_directions(model, torch.Generator().manual_seed(0))
-    before, seen = snapshot(model), list[tuple[float, float]]()
+    before, seen = toys.snapshot(model), list[tuple[float, float]]()
     for point in surface(model, directions, alphas, betas, data):
-        assert_untouched(model, before)
+        toys.assert_untouched(model, before)
         seen.append((point.alpha, point.beta))
         weights = {
             name: p + point.alpha * directions[0][name] + point.beta * directions[1][name]
             for name, p in model.named_parameters()
         }
         for name, batches in data.items():
-            assert point.results[name] == pytest.approx(expected(model, weights, batches), rel=1e-4)
+            assert point.results[name] == pytest.approx(toys.expected(model, weights, batches), rel=1e-4)
         if point.alpha == point.beta == 0:
             assert point.results["clean"] == evaluate(model, data["clean"])
     assert seen == [(alpha, beta) for alpha in alphas for beta in betas]
-    assert_untouched(model, before)
+    toys.assert_untouched(model, before)
 
 
-def test_an_exception_leaves_the_weights() -> None:
-    model = make_net()
+def test_an_exception_leaves_the_weights(toys: Toys) -> None:
+    model = toys.net()
     directions = filter_normalized_directions(model, torch.Generator().manual_seed(0))
-    before = snapshot(model)
+    before = toys.snapshot(model)
     with pytest.raises(RuntimeError, match="no more"):
-        next(surface(model, directions, [1.0], [1.0], {"clean": Explodes()}))
-    assert_untouched(model, before)
+        next(surface(model, directions, [1.0], [1.0], {"clean": toys.exploding()}))
+    toys.assert_untouched(model, before)
     with pytest.raises(RuntimeError, match="no more"):
-        next(line(model, make_net(1).state_dict(), make_net(2).state_dict(), [0.5], {"clean": Explodes()}))
-    assert_untouched(model, before)
+        next(line(model, toys.net(1).state_dict(), toys.net(2).state_dict(), [0.5], {"clean": toys.exploding()}))
+    toys.assert_untouched(model, before)
 
 
-def test_directions_of_another_network_are_refused() -> None:
-    model, data = make_net(), {"clean": make_batches()}
+def test_directions_of_another_network_are_refused(toys: Toys) -> None:
+    model, data = toys.net(), {"clean": toys.batches()}
     first, second = filter_normalized_directions(model, torch.Generator())
     lacking = {name: value for name, value in first.items() if name != "5.bias"}
     with pytest.raises(ValueError, match=r"name the parameters of the model, but they lack `5.bias`"):

@@ -16,14 +16,7 @@ from matplotlib.text import Text
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_bd.reports.surfaces import (
-    interpolation_figure,
-    landscape_figure,
-    plot_interpolation,
-    plot_landscape,
-    plot_sharpness,
-    sharpness_figure,
-)
+from lightning_bd.reports import interpolation_figure, landscape_figure, sharpness_figure
 
 LINE = ("position", "clean_loss", "clean_accuracy", "poisoned_loss", "attack_success_rate")
 PLANE = ("alpha", "beta", "clean_loss", "clean_accuracy", "poisoned_loss", "attack_success_rate")
@@ -331,9 +324,9 @@ def test_figures_are_written(tmp_path: Path) -> None:
         write(tmp_path / "plane.csv", PLANE, plane(lambda a, b: 1 + a, lambda a, b: 2 + b)),
         write(tmp_path / "sharp.csv", SHARP, [CLEAN, POISONED]),
     ]
-    plot_interpolation(tables[0], tmp_path / "line.png", ("first", "second"), "A title")
-    plot_landscape(tables[1], tmp_path / "plane.png", "A title")
-    plot_sharpness(tables[2], tmp_path / "sharp.png", "A title")
+    interpolation_figure(tables[0], ("first", "second"), "A title").savefig(tmp_path / "line.png")
+    landscape_figure(tables[1], "A title").savefig(tmp_path / "plane.png")
+    sharpness_figure(tables[2], "A title").savefig(tmp_path / "sharp.png")
     for table in tables:
         pixels = np.asarray(Image.open(table.with_suffix(".png")).convert("RGB"))
         assert pixels.shape[1] > 600

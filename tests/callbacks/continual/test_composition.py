@@ -54,7 +54,7 @@ def test_equals_the_loop_by_hand(method: Method, lab: Lab, name: str) -> None:
     module, trainer = method.module(), lab.trainer(*callbacks[:: 1 if settings.sam_first else -1], settings=settings)
     trainer.fit(module, method.loader())
     expected = method.by_hand(settings)
-    atol = (2e-5 if settings.rho else 2e-6) if settings.exponent else method.atol
+    atol = method.half_atol if settings.exponent and settings.rho else method.atol
     lab.assert_equal_states(module.net, expected.net, atol)
     if settings.exponent:
         scale = trainer.precision_plugin.scaler.get_scale()  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """A plain BadNets model on scikit-learn's digits, its defender's data, and how the attack is measured."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,6 +19,8 @@ from lightning_bd.datamodules import DigitsDataModule, PhaseData
 from lightning_bd.datamodules.images import ImageSet, TensorImages
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import BadNets
+
+log = logging.getLogger(__name__)
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "small_cnn": lambda: backbones.small_cnn(10, in_channels=1),
@@ -77,9 +80,16 @@ class Attacked:
         return found[0], found[1]
 
     def check_removed(self, model: nn.Module) -> tuple[float, float]:
-        """Fail unless ASR fell by 20 points or more and clean accuracy by 3 points or less; return the new rates."""
+        """Fail unless ASR fell by 20 points or more and clean accuracy by 3 points or less; return the new rates.
+
+        All four are logged.
+        """
         accuracy, success = self.rates(self.trained)
         after_accuracy, after_success = self.rates(model)
+        log.info(
+            "clean accuracy %.1f -> %.1f, ASR %.1f -> %.1f",
+            100 * accuracy, 100 * after_accuracy, 100 * success, 100 * after_success,
+        )  # fmt: skip
         assert success >= 0.9
         assert after_success <= success - 0.2, f"ASR {success:.3f} -> {after_success:.3f}"
         assert after_accuracy >= accuracy - 0.03, f"clean accuracy {accuracy:.3f} -> {after_accuracy:.3f}"
