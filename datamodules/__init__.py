@@ -6,8 +6,10 @@ from lightning_bd.datamodules.cifar100 import CIFAR100DataModule
 from lightning_bd.datamodules.defender import DefenderView
 from lightning_bd.datamodules.digits import DigitsDataModule
 from lightning_bd.datamodules.disk import DiskDataModule
+from lightning_bd.datamodules.excluded import write_excluded
 from lightning_bd.datamodules.gtsrb import GTSRBDataModule
 from lightning_bd.datamodules.image_folder import ImageFolderDataModule
+from lightning_bd.datamodules.ood import OODDataModule, ood_loader
 from lightning_bd.datamodules.svhn import SVHNDataModule
 from lightning_bd.datamodules.tiny_imagenet import TinyImageNetDataModule
 
@@ -20,7 +22,10 @@ __all__ = (
     "GTSRBDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "OODDataModule",
     "PhaseData",
     "SVHNDataModule",
     "TinyImageNetDataModule",
+    "ood_loader",
+    "write_excluded",
 )

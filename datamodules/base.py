@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -10,37 +11,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_bd.batch import BatchContext, PoisonMode, RawBatch, Sample
+from lightning_bd.batch import BatchContext, RawBatch, Sample
 from lightning_bd.datamodules.defender import DefenderView
-from lightning_bd.datamodules.images import FileImages, ImageSet
-from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
+from lightning_bd.datamodules.excluded import excluded_positions
+from lightning_bd.datamodules.images import ImageSet, hold
+from lightning_bd.datamodules.loader import Augment, BatchLoader, Place, place_of
+from lightning_bd.datamodules.loader_factory import LoaderFactory
+from lightning_bd.datamodules.phase_data import PhaseData
 from lightning_bd.datamodules.rendering import as_precision, render
-from lightning_bd.datamodules.splits import stratified_splits, stratified_subset
-from lightning_bd.functional.draws import keyed_generator
+from lightning_bd.datamodules.splits import stratified_subset
+from lightning_bd.datamodules.training_splits import TrainingSplits
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.poisoning import Poison
 
 __all__ = ("ImageDataModule", "PhaseData")
-
-#: Sets that decode to less than this many bytes are held in memory.
-MEMORY_LIMIT = 2 * 1024**3
-
-
-@dataclass(frozen=True)
-class PhaseData:
-    """What one phase trains on.
-
-    Args:
-        name: Name of the phase; part of the key of every draw.
-        splits: Names of the splits, joined; empty for the whole training set.
-        poison: How images are poisoned, ``None`` for a clean phase.
-        batch_size: Images per batch and process; ``None`` for the datamodule's.
-    """
-
-    name: str = "fit"
-    splits: tuple[str, ...] = ()
-    poison: PoisonMode | None = None
-    batch_size: int | None = None
 
 
 class ImageDataModule(LightningDataModule):
@@ -64,9 +48,14 @@ class ImageDataModule(LightningDataModule):
         seed: Seed of order, augmentation and dynamic poison; ``None``: the one given to ``seed_everything``, else 0.
         num_workers: Processes that decode images which are too large for memory.
         in_memory: Decode all images once (``True``) or as batches need them (``False``); ``None`` decides by size.
+        exclude: Training images that are trained on no more, by position after ``subset`` (``Sample.index``), or a file
+            of them that names its data set (:func:`~lightning_bd.datamodules.excluded.write_excluded`). The attacker
+            came first: splits and static poison are those of the whole set. The split ``val`` is evaluated as a whole.
 
     Raises:
         ValueError: If an argument is out of its range.
+        MisconfigurationException: When loaded, if the file is broken or of another data set, or if all images of a
+            split or class are excluded.
     """
 
     default_augment: ClassVar[Augment] = "crop_flip"
@@ -84,6 +73,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 0,
         in_memory: bool | None = None,
         test_subset: int | None = None,
+        exclude: str | Path | list[int] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -101,12 +91,12 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.in_memory = in_memory
+        self.exclude = exclude
         self.phase = PhaseData(poison=poison.mode if poison is not None else None)
         self.reference: PhaseData | None = None
         self._train: ImageSet | None = None
         self._test: ImageSet | None = None
-        self._positions: dict[str, Tensor] = {}
-        self._static: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._cut: TrainingSplits | None = None
         self._source: ImageSet | None = None
         self._fingerprint: str | None = None
 
@@ -121,14 +111,15 @@ class ImageDataModule(LightningDataModule):
         train = self.load(train=True)
         if self.subset is not None:
             train = train.select(stratified_subset(train.labels, self.subset, self.split_seed))
-        self._positions = stratified_splits(train.labels, self.splits, self.split_seed)
+        self._source = train
+        excluded = excluded_positions(self.exclude, len(train), self.fingerprint)
+        self._cut = TrainingSplits(train.labels, self.splits, self.split_seed, excluded, type(self).__name__)
         if self.poison is not None:
             self.poison.prepare(train.image_shape, len(train.class_names))
-        self._source = train
         test = self.load(train=False)
         if self.test_subset is not None:
             test = test.select(stratified_subset(test.labels, self.test_subset, self.split_seed, "test_subset"))
-        self._train, self._test = self._held(train), self._held(test)
+        self._train, self._test = hold(train, self.in_memory), hold(test, self.in_memory)
 
     @property
     def train_images(self) -> ImageSet:
@@ -154,6 +145,11 @@ class ImageDataModule(LightningDataModule):
         """``(C, H, W)`` of every image."""
         return self.train_images.image_shape
 
+    @property
+    def excluded(self) -> Tensor:
+        """Positions ``(E,)`` of the training images that are trained on no more, sorted."""
+        return self._training_splits.excluded
+
     def replace_poison(self, poison: Poison | None) -> None:
         """Evaluate, or train the phases to come, with another poison.
 
@@ -167,31 +163,24 @@ class ImageDataModule(LightningDataModule):
         if poison is not None:
             poison.prepare(self.image_shape, self.num_classes)
         self.poison = poison
-        self._static.clear()
+        self._training_splits.forget_poison()
 
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of the training set, computed once; ``in_memory`` does not change it."""
-        self.setup()
+        if self._source is None:
+            self.setup()
         if self._fingerprint is None:
             assert self._source is not None
             self._fingerprint = self._source.fingerprint()
         return self._fingerprint
 
     def positions(self, splits: tuple[str, ...]) -> Tensor:
-        """Return the sorted positions of the training images in ``splits``; empty means all splits but ``val``.
+        """Return the sorted positions of the images to train on in ``splits``; empty means all splits but ``val``.
 
         Raises:
             MisconfigurationException: If a split does not exist.
         """
-        self.setup()
-        for name in splits:
-            if name not in self._positions:
-                raise MisconfigurationException(
-                    f"{type(self).__name__} has no split `{name}`; it has {', '.join(self._positions)}. "
-                    "Add it to `data.splits` or change the phase's `split`."
-                )
-        chosen = splits or tuple(name for name in self._positions if name != "val")
-        return torch.cat([self._positions[name] for name in chosen]).sort().values
+        return self._training_splits.positions(splits)
 
     def set_phase(self, phase: PhaseData, reference: PhaseData | None = None) -> None:
         """Choose what ``train_dataloader`` yields from now on.
@@ -213,14 +202,17 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[BatchLoader]:
         """Return clean and triggered loaders of the split ``val``; none without such a split."""
-        self.setup()
-        if "val" not in self._positions:
-            return []
-        return self._evaluation_loaders(self.train_images, self._positions["val"], "val")
+        cut = self._training_splits.cut
+        return self.loaders.evaluation(self.train_images, cut["val"], "val") if "val" in cut else []
 
     def test_dataloader(self) -> list[BatchLoader]:
         """Return the clean test set and, with a poison, the test images it aims at, all triggered."""
-        return self._evaluation_loaders(self.test_images, torch.arange(len(self.test_images)), "test")
+        return self.loaders.evaluation(self.test_images, torch.arange(len(self.test_images)), "test")
+
+    @property
+    def test_set_names(self) -> list[str]:
+        """What the loaders of :meth:`test_dataloader` hold: ``clean`` and, with a poison, ``poisoned``."""
+        return ["clean"] if self.poison is None else ["clean", "poisoned"]
 
     def predict_dataloader(self) -> BatchLoader:
         """Return the clean test set."""
@@ -228,9 +220,15 @@ class ImageDataModule(LightningDataModule):
 
     def clean_fit_dataloader(self) -> BatchLoader:
         """Return the current phase's split, clean, unshuffled, not augmented: what detectors are fitted on."""
-        return self._loader(
-            self.train_images, self.positions(self.phase.splits), BatchContext("clean_fit"), self.batch_size
-        )
+        return self.loaders.clean(self.train_images, "clean_fit", self.positions(self.phase.splits))
+
+    def stored_dataloader(self, phase: PhaseData) -> BatchLoader:
+        """Return a phase's images as they lie in its data set: poisoned if static, unshuffled, not augmented.
+
+        Args:
+            phase: The phase; of a dynamic poison nothing lies in the data set, and its images are clean.
+        """
+        return self._train_loader(phase, train=False)
 
     def reference_batches(
         self, device: torch.device | str = "cpu", clean: bool = False
@@ -285,14 +283,16 @@ class ImageDataModule(LightningDataModule):
         """
         if self.poison is None:
             return None
-        self.setup()
-        chosen = {p.name: self._static_positions(p)[0] for p in phases if p.poison == "static"}
+        cut = self._training_splits
+        chosen = {p.name: cut.static_choice(self.poison, p.splits)[0] for p in phases if p.poison == "static"}
         dataset: dict[str, str | int] = {
             "name": type(self).__name__,
             "sha256": self.fingerprint(),
             "images": len(self.train_images),
             "classes": self.num_classes,
         }
+        if len(cut.excluded):
+            dataset["excluded"] = len(cut.excluded)
         return PoisonManifest.describe(self.poison, dataset, chosen)
 
     def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> Sample | tuple[Tensor, Tensor]:
@@ -309,74 +309,39 @@ class ImageDataModule(LightningDataModule):
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
+    def loaders(self) -> LoaderFactory:
+        """Makes loaders whose batches :meth:`on_after_batch_transfer` finishes."""
+        return LoaderFactory(
+            self.poison, self.batch_size, self.run_seed, self.augment, self._padding, self._place, self.num_workers
+        )
+
+    @property
     def _padding(self) -> int:
         return max(1, self.image_shape[1] // 8)
 
-    def _held(self, images: ImageSet) -> ImageSet:
-        if not isinstance(images, FileImages):
-            return images
-        channels, height, width = images.image_shape
-        fits = len(images) * channels * height * width <= MEMORY_LIMIT
-        return images.in_memory() if (fits if self.in_memory is None else self.in_memory) else images
-
     def _place(self) -> Place:
-        trainer = self.trainer
-        return Place() if trainer is None else Place(trainer.current_epoch, trainer.global_rank, trainer.world_size)
+        return place_of(self.trainer)
+
+    @property
+    def _training_splits(self) -> TrainingSplits:
+        self.setup()
+        assert self._cut is not None
+        return self._cut
 
     def _check_phase(self, phase: PhaseData) -> None:
-        positions = self.positions(phase.splits)
+        self.positions(phase.splits)
         if phase.poison is None:
             return
         if self.poison is None:
             raise MisconfigurationException(f"Phase `{phase.name}` is poisoned, but `data.poison` is not set.")
-        self.poison.check_not_empty(self.train_images.labels[positions], positions, "+".join(phase.splits) or "all")
+        self._training_splits.check_poison(self.poison, phase.splits)
 
-    def _static_positions(self, phase: PhaseData) -> tuple[Tensor, Tensor]:
-        assert self.poison is not None
-        key = tuple(sorted(phase.splits))
-        if key not in self._static:
-            positions = self.positions(key)
-            labels = self.train_images.labels[positions]
-            self._static[key] = self.poison.choose(labels, positions, "+".join(key) or "all")
-        return self._static[key]
-
-    def _train_loader(self, phase: PhaseData) -> BatchLoader:
+    def _train_loader(self, phase: PhaseData, train: bool = True) -> BatchLoader:
         self._check_phase(phase)
-        context = BatchContext(phase.name, phase.poison, phase.poison or "dynamic", train=True)
-        loader = self._loader(
-            self.train_images, self.positions(phase.splits), context, phase.batch_size or self.batch_size
-        )
-        if phase.poison == "static":
-            masks = []
-            for chosen in self._static_positions(phase):
-                masks.append(torch.zeros(len(self.train_images), dtype=torch.bool).index_fill_(0, chosen, True))
-            loader.static_rows, loader.static_covers = masks
-            if self.poison is not None and self.poison.misaligned_flags:
-                order = torch.randperm(len(loader.positions), generator=keyed_generator(self.poison.seed, "misaligned"))
-                flags = masks[0].clone()
-                flags[loader.positions] = masks[0][loader.positions[order]]
-                loader.static_flags = flags
+        if not train and phase.poison == "dynamic":
+            phase = replace(phase, poison=None)
+        context = BatchContext(phase.name, phase.poison, phase.poison or "dynamic", train=train)
+        loader = self.loaders.loader(self.train_images, self.positions(phase.splits), context, phase.batch_size)
+        if phase.poison == "static" and self.poison is not None:
+            self._training_splits.make_static(loader, self.poison, phase.splits)
         return loader
-
-    def _evaluation_loaders(self, images: ImageSet, positions: Tensor, name: str) -> list[BatchLoader]:
-        loaders = [self._loader(images, positions, BatchContext(name), self.batch_size)]
-        if self.poison is not None:
-            victims = positions[self.poison.victims(images.labels[positions])]
-            if len(victims) == 0:
-                raise ValueError(f"Expected {name} images that the attack aims at, but the poison has no victim there.")
-            loaders.append(self._loader(images, victims, BatchContext(name, "all", self.poison.mode), self.batch_size))
-        return loaders
-
-    def _loader(self, images: ImageSet, positions: Tensor, context: BatchContext, batch_size: int) -> BatchLoader:
-        return BatchLoader(
-            images,
-            positions,
-            context,
-            batch_size=batch_size,
-            seed=self.run_seed,
-            poison=self.poison,
-            augment=self.augment,
-            padding=self._padding,
-            place=self._place,
-            num_workers=self.num_workers,
-        )

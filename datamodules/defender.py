@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_bd.batch import BatchContext, RawBatch
 from lightning_bd.datamodules.images import ImageSet
-from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
+from lightning_bd.datamodules.loader import Augment, BatchLoader, Place, place_of
 from lightning_bd.datamodules.rendering import as_precision, render
 from lightning_bd.datamodules.splits import stratified_splits
 
@@ -91,8 +91,7 @@ class DefenderView(LightningDataModule):
         return max(1, self._images.image_shape[1] // 8)
 
     def _place(self) -> Place:
-        trainer = self.trainer
-        return Place() if trainer is None else Place(trainer.current_epoch, trainer.global_rank, trainer.world_size)
+        return place_of(self.trainer)
 
     def _loader(self, part: str) -> BatchLoader:
         return BatchLoader(

@@ -32,6 +32,7 @@ class DiskDataModule(ImageDataModule):
         seed: Seed of order, augmentation and dynamic poison.
         num_workers: Processes that decode images which are too large for memory.
         in_memory: Decode all images once, or as batches need them; ``None`` decides by size.
+        exclude: Training images that are trained on no more, or a file of them.
 
     Raises:
         ValueError: If an argument is out of its range, or ``download`` is set for a set without a source.
@@ -58,10 +59,11 @@ class DiskDataModule(ImageDataModule):
         num_workers: int = 0,
         in_memory: bool | None = None,
         test_subset: int | None = None,
+        exclude: str | Path | list[int] | None = None,
     ) -> None:
         super().__init__(
             poison, splits, batch_size, subset, augment, batch_format, split_seed, seed, num_workers, in_memory,
-            test_subset,
+            test_subset, exclude,
         )  # fmt: skip
         if image_size is not None and image_size < 1:
             raise ValueError(f"Expected argument `image_size` to be a positive integer, but got {image_size}.")

@@ -12,7 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ("FileImages", "ImageSet", "TensorImages", "read_image", "resize")
+__all__ = ("FileImages", "ImageSet", "TensorImages", "hold", "read_image", "resize")
+
+#: Sets that decode to less than this many bytes are held in memory.
+MEMORY_LIMIT = 2 * 1024**3
 
 
 class ImageSet(ABC):
@@ -147,28 +150,45 @@ class FileImages(ImageSet):
         return read_image(self.root / str(self.paths[position]), self.image_shape[1])
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """Read one image file as RGB.
+def hold(images: ImageSet, in_memory: bool | None) -> ImageSet:
+    """Decode a set of files now, or leave it on disk.
+
+    Args:
+        images: The set; one that is in memory stays as it is.
+        in_memory: Whether to decode; ``None``: if that needs less than two gigabytes.
+    """
+    if not isinstance(images, FileImages):
+        return images
+    channels, height, width = images.image_shape
+    fits = len(images) * channels * height * width <= MEMORY_LIMIT
+    return images.in_memory() if (fits if in_memory is None else in_memory) else images
+
+
+def read_image(path: Path, size: int | tuple[int, int], grey: bool = False) -> Tensor:
+    """Read one image file as RGB, or in grey.
 
     Args:
         path: An image file that Pillow reads.
-        size: Height and width to resize to (bilinear, antialiased) if they differ.
+        size: Height and width to resize to (bilinear, antialiased) if they differ; one number for both.
+        grey: One channel, the luma of ITU-R 601, instead of three.
 
     Returns:
-        ``(3, size, size)`` uint8.
+        ``(C, H, W)`` uint8.
 
     Raises:
         ValueError: If the file is not a readable image; the message names it.
     """
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            pixels = image.convert("L" if grey else "RGB")
     # Pillow reports broken files by any of these.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read the image {path}: {error}. Remove or replace the file.") from error
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    if pixels.size != (width, height):
+        pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+    array = torch.from_numpy(np.array(pixels))
+    return array[None] if grey else array.permute(2, 0, 1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

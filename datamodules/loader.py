@@ -7,15 +7,16 @@ from typing import Literal
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bd.batch import BatchContext, RawBatch
-from lightning_bd.datamodules.images import FileImages, ImageSet
+from lightning_bd.datamodules.images import ImageSet, TensorImages
 from lightning_bd.functional.draws import keyed_generator, keyed_seed
 from lightning_bd.poisoning import Poison
 
-__all__ = ("Augment", "BatchLoader", "Place")
+__all__ = ("Augment", "BatchLoader", "Place", "place_of")
 
 Augment = Literal["none", "crop", "crop_flip"]
 
@@ -27,6 +28,11 @@ class Place:
     epoch: int = 0
     rank: int = 0
     world_size: int = 1
+
+
+def place_of(trainer: Trainer | None) -> Place:
+    """Return where a Trainer's process is now; the first place without one."""
+    return Place() if trainer is None else Place(trainer.current_epoch, trainer.global_rank, trainer.world_size)
 
 
 class BatchLoader:
@@ -85,7 +91,7 @@ class BatchLoader:
         self.static_rows = static_rows
         self.static_covers = static_covers
         self.static_flags = static_flags
-        self.num_workers = num_workers if isinstance(images, FileImages) else 0
+        self.num_workers = 0 if isinstance(images, TensorImages) else num_workers
         world_size = place().world_size
         if len(positions) < world_size:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What makes two attempts the same run: model, data, seed, Trainer arguments and phases."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -43,6 +44,9 @@ def describe_run(
         described["optimizer"] = describe(model.optimizer_factory)
         described["lr_scheduler"] = describe(model.lr_scheduler_factory)
     data = {name: value for name, value in data.items() if name not in _SAME_DATA}
+    if len(datamodule.excluded):
+        # What a file says may change.
+        data["exclude"] = hashlib.sha256(datamodule.excluded.numpy().tobytes()).hexdigest()
     trainer = {k: describe(v) for k, v in arguments.items() if k not in _FREE and v is not None}
     # What a user's own callback does is not known here; of the known ones, those that show something may differ.
     given = arguments.get("callbacks") or []

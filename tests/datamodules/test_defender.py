@@ -70,7 +70,7 @@ def test_no_attribute_leads_to_the_attack(mode: str) -> None:
     test_set, whole = data.test_images, data.train_images
     assert isinstance(test_set, TensorImages)
     assert isinstance(whole, TensorImages)
-    tensors = [test_set.images, test_set.labels, whole.images, whole.labels, *data._positions.values()]
+    tensors = [test_set.images, test_set.labels, whole.images, whole.labels, *data._training_splits.cut.values()]
     pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     found = list(reachable(view, depth=3))
     assert len(found) > 10
