@@ -30,11 +30,14 @@ ROWS = {
     # Controls: the conventional order with the sequential rows' poison, and SAM without a continual-learning term.
     "CBL, dynamic poison": "cbl-dynamic",
     "SBL-naive with SAM": "naive-sam",
+    "clean": "clean",
 }
-TRIGGERS = {
-    "badnets": None,  # the config's
-    "blended": {"class_path": "lightning_bd.triggers.Blended"},
-    "sig": {"class_path": "lightning_bd.triggers.SIG"},
+# Trigger -> what the poison has in place of the config's.
+TRIGGERS: dict[str, dict[str, object]] = {
+    "badnets": {},
+    "blended": {"trigger": {"class_path": "lightning_bd.triggers.Blended"}},
+    "sig": {"trigger": {"class_path": "lightning_bd.triggers.SIG"}},
+    "wanet": {"trigger": {"class_path": "lightning_bd.triggers.WaNet"}, "cover_rate": 0.2},
 }
 COLUMNS = (
     "trigger", "model", "seed", "defense", "learning_rate", "epochs", "clean_accuracy", "attack_success_rate",
@@ -73,8 +76,7 @@ def attack_config(name: str, trigger: str, rows: Iterable[str], file: Path) -> N
             needed.add(phase)
             phase = phases[phase]["start_from"]
     config["trainer"]["phases"] = {key: phase for key, phase in phases.items() if key in needed}
-    if TRIGGERS[trigger] is not None:
-        config["data"]["init_args"]["poison"]["trigger"] = TRIGGERS[trigger]
+    config["data"]["init_args"]["poison"].update(TRIGGERS[trigger])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(config, sort_keys=False))
 
@@ -91,6 +93,8 @@ def run_seed(arguments: argparse.Namespace, trigger: str, seed: int, defenses: I
     if arguments.data is not None:
         given += ["--data.root", str(arguments.data)]
     lightning_bd(["fit", *given])
+    if arguments.attacks_only:
+        return
     files = [str(arguments.output / "defenses" / f"{name}.yaml") for name in defenses]
     for row in arguments.rows:
         (checkpoint,) = folder.glob(f"[0-9][0-9]_{ROWS[row]}/final.ckpt")
@@ -145,6 +149,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[5, 20], help="epochs of fine-tuning")
     parser.add_argument("--output", type=Path, default=Path("runs/study_sbl"))
     parser.add_argument("--overrides", nargs="*", default=[], help="further arguments, such as --trainer.max_epochs=1")
+    parser.add_argument("--attacks_only", action="store_true", help="train, and defend nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what has finished")
     arguments = parser.parse_args()
     defenses = defense_files(arguments.output / "defenses", arguments.rates, arguments.lengths)
@@ -152,6 +157,8 @@ def main() -> None:
         for trigger in arguments.triggers:
             for seed in arguments.seeds:
                 run_seed(arguments, trigger, seed, defenses)
+    if arguments.attacks_only:
+        return
     rows = collect(arguments, defenses)
     if not rows:
         parser.error(f"nothing has finished in {arguments.output}")

@@ -19,6 +19,7 @@ from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.commands import CommandTrainer
 from lightning_bd.commands.arguments import expand_arguments
 from lightning_bd.commands.defend import DefenseFailedError
+from lightning_bd.commands.score import DetectorFailedError
 from lightning_bd.config_files import ConfigError, expand_configs
 from lightning_bd.phase_callbacks import NonFiniteLossError
 from lightning_bd.phases import MultiPhaseTrainer
@@ -34,6 +35,23 @@ _NOISE = (
     "Errors:",
     "tip:",
 )
+
+# Errors that explain themselves; others may be a bug, which needs its place.
+_FAILED = (NonFiniteLossError, DefenseFailedError, DetectorFailedError)
+_EXPECTED = (MisconfigurationException, ConfigError, CheckpointError, *_FAILED)
+
+
+_OURS = ("defend", "filter", "interpolate", "landscape", "score", "sharpness")
+_USAGE = {
+    "defend": "--ckpt_path CKPT [--config NAME_OR_FILE] [--defenses NAME ...] [options]",
+    "filter": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detector NAME] [--keep SHARE] [options]",
+    "interpolate": "A.ckpt B.ckpt [--config NAME_OR_FILE] [options]",
+    "landscape": "CKPT [--config NAME_OR_FILE] [options]",
+    "score": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detectors NAME ...] [--ood.NAME FOLDER ...] [options]",
+    "sharpness": "CKPT [--config NAME_OR_FILE] [options]",
+    "test": "--config NAME_OR_FILE --ckpt_path CKPT [options]",
+    "predict": "--config NAME_OR_FILE --ckpt_path CKPT [options]",
+}
 
 
 class _Parser(LightningArgumentParser):
@@ -55,8 +73,16 @@ class BackdoorCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, and the arguments of their methods that come from the config."""
-        ours = {name: {"model", "datamodule"} for name in ("defend", "interpolate", "landscape", "sharpness")}
+        ours = {name: {"model", "datamodule"} for name in _OURS}
         return {**LightningCLI.subcommands(), **ours}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # A command's own options first, before the hundreds of model, data and Trainer; nor all of them in the usage.
+        groups: list[Any] = parser._action_groups  # type: ignore[assignment]
+        groups.insert(groups.index(parser._optionals) + 1, groups.pop())
+        parser.usage = f"lightning-bd {subcommand} {_USAGE.get(subcommand, '--config NAME_OR_FILE [options]')}"
+        return parser
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of the command or of a subcommand."""
@@ -129,23 +155,19 @@ def main(args: list[str] | None = None) -> None:
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_kwargs={"description": "Backdoor learning: train, make resilient, defend, measure."},
             args=args,
         )
     except (MisconfigurationException, ValueError, FileNotFoundError) as error:
         _fail(error, 2)
-    except (NonFiniteLossError, DefenseFailedError) as error:
+    except _FAILED as error:
         _fail(error, 1)
-
-
-_EXPECTED = (MisconfigurationException, ConfigError, CheckpointError, NonFiniteLossError, DefenseFailedError)
 
 
 def _fail(error: Exception, status: int) -> NoReturn:
     if os.environ.get("LIGHTNING_BD_TRACEBACK"):
         raise error
-    # Errors of our own grammar explain themselves; others may be a bug, which needs its place.
-    expected = isinstance(error, _EXPECTED)
-    expected = expected or str(error).startswith("Expected ")
+    expected = isinstance(error, _EXPECTED) or str(error).startswith("Expected ")
     hint = "" if expected else "\n(LIGHTNING_BD_TRACEBACK=1 shows where.)"
     sys.stderr.write(f"error: {_readable(str(error))}{hint}\n")
     raise SystemExit(status) from None

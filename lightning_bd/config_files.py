@@ -3,32 +3,80 @@
 import copy
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from lightning_bd.phase import Phase
 
-__all__ = ("ConfigError", "expand_configs", "find_config", "read_config", "read_mapping", "shipped_configs")
+__all__ = (
+    "ConfigError",
+    "expand_configs",
+    "find_config",
+    "named_files",
+    "read_config",
+    "read_mapping",
+    "shipped_configs",
+)
 
 
 class ConfigError(ValueError):
     """A config cannot be found or read."""
 
 
-def shipped_configs(*, defenses: bool = False) -> dict[str, Path]:
+def shipped_configs(kind: Literal["recipe", "defense", "detection"] = "recipe") -> dict[str, Path]:
     """Return the configs that come with the library, by name.
 
     Args:
-        defenses: Those of the defenses, which are phases, instead of the whole recipes.
+        kind: Whole recipes, the phases of defenses, or detectors.
     """
     folder = Path(str(resources.files("lightning_bd.configs")))
-    if defenses:
-        folder /= "defense"
+    if kind != "recipe":
+        folder /= kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def named_files(wanted: str | Sequence[str], shipped: Mapping[str, Path], noun: str) -> dict[str, Path]:
+    """Find the files of defenses or detectors that a user names.
+
+    Args:
+        wanted: Shipped names or YAML files of one's own, as a list or joined by commas or spaces; ``all``: every
+            shipped one.
+        shipped: Name -> file of those that come with the library.
+        noun: What they are, for messages.
+
+    Returns:
+        Name -> file; a file's name is its stem.
+
+    Raises:
+        ConfigError: If one does not exist or is named twice, or none is named.
+    """
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = [part for name in names for part in name.replace(",", " ").split()]
+    names = [each for name in names for each in (shipped if name == "all" else [name])]
+    if not names:
+        raise ConfigError(f"No {noun} is named. Shipped are {', '.join(shipped)}, or `all`.")
+    found: dict[str, Path] = {}
+    for name in names:
+        path = shipped.get(name)
+        if path is None and Path(name).is_file():
+            path, name = Path(name), Path(name).stem
+        if path is None and (name.endswith((".yaml", ".yml")) or "/" in name):
+            raise ConfigError(f"There is no file `{name}` with a {noun}.")
+        if path is None:
+            close = difflib.get_close_matches(name, shipped, n=1)
+            guess = f" Did you mean `{close[0]}`?" if close else ""
+            raise ConfigError(
+                f"There is no {noun} `{name}`: shipped are {', '.join(shipped)}; `all` is all of these.{guess}"
+            )
+        if name in found:
+            raise ConfigError(f"The {noun} `{name}` is named twice.")
+        found[name] = path
+    return found
 
 
 def find_config(name: str) -> Path:

@@ -112,10 +112,12 @@ class RunFolder:
         root: The folder; need not exist.
         phases: Names of the run's phases, in order.
         collects: Whether finished phases of earlier runs that are not named now keep their rows.
+        marker: The file by which such a folder is known.
     """
 
-    def __init__(self, root: Path, phases: Sequence[str], *, collects: bool = False) -> None:
+    def __init__(self, root: Path, phases: Sequence[str], *, collects: bool = False, marker: str = "run.json") -> None:
         self.root = root
+        self._marker = marker
         self.initial = root / "init.ckpt"
         self._phases = list(phases)
         self._collects = collects
@@ -180,9 +182,9 @@ class RunFolder:
         """
         if not self.root.exists():
             return None
-        if any(self.root.iterdir()) and not (self.root / "run.json").is_file():
+        if any(self.root.iterdir()) and not (self.root / self._marker).is_file():
             raise MisconfigurationException(
-                f"`--fresh` renames the folder of an old run, but {self.root} is none: it has no run.json. "
+                f"`--fresh` renames the folder of an old run, but {self.root} is none: it has no {self._marker}. "
                 "Give another `trainer.default_root_dir`."
             )
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")

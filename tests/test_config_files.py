@@ -35,7 +35,7 @@ def expand(folder: Path, *configs: str | Path, options: tuple[str, ...] = ()) ->
 def test_shipped_configs_are_found_by_name() -> None:
     folder = Path(str(resources.files("lightning_bd.configs")))
     files = {path for path in folder.rglob("*") if path.suffix == ".yaml"}
-    shipped, defenses = shipped_configs(), shipped_configs(defenses=True)
+    shipped, defenses = shipped_configs(), shipped_configs("defense")
     assert set(shipped.values()) | set(defenses.values()) == files
     assert {path.parent for path in shipped.values()} == {folder}
     assert {path.parent for path in defenses.values()} == {folder / "defense"}

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lightning.pytorch import LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_bd.checkpointing import CheckpointError, check_weights, read_checkpoint
@@ -11,7 +12,7 @@ from lightning_bd.evaluation import use_manifest_of
 from lightning_bd.functional.evaluation import check_finite_weights
 from lightning_bd.manifest import PoisonManifest
 
-__all__ = ("named_after", "take_over")
+__all__ = ("named_after", "own_data", "take_over")
 
 
 def take_over(
@@ -58,3 +59,20 @@ def named_after(checkpoint: Path) -> str:
     """
     path = checkpoint.absolute()
     return path.parent.name if path.stem == "final" and path.parent.name else path.stem
+
+
+def own_data(datamodule: LightningDataModule) -> ImageDataModule:
+    """Return the datamodule, if it is one that the commands can read poison, splits and test sets from.
+
+    Args:
+        datamodule: Any.
+
+    Raises:
+        MisconfigurationException: If it is none.
+    """
+    if not isinstance(datamodule, ImageDataModule):
+        raise MisconfigurationException(
+            "This command needs one of lightning_bd.datamodules (or a subclass of ImageDataModule), but got "
+            f"{type(datamodule).__name__}."
+        )
+    return datamodule

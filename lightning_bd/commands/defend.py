@@ -1,6 +1,5 @@
 """``lightning-bd defend``: run defenses on one checkpoint and compare what they do."""
 
-import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_bd.config_files import ConfigError, read_mapping, shipped_configs
+from lightning_bd.config_files import ConfigError, named_files, read_mapping, shipped_configs
 from lightning_bd.phase import Phase, check_phase
 
 __all__ = ("UNDEFENDED", "DefenseFailedError", "load_defenses", "plan_phases", "shipped_defenses", "weights_sha256")
@@ -27,7 +26,7 @@ class DefenseFailedError(RuntimeError):
 
 def shipped_defenses() -> dict[str, Path]:
     """Return the configs of the defenses that come with the library, by name."""
-    return shipped_configs(defenses=True)
+    return shipped_configs("defense")
 
 
 def load_defenses(wanted: str | Sequence[str]) -> dict[str, Phase]:
@@ -43,29 +42,10 @@ def load_defenses(wanted: str | Sequence[str]) -> dict[str, Phase]:
     Raises:
         ConfigError: If a defense does not exist, is named twice, or its file is not a phase with a defense.
     """
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    names = [part for name in names for part in name.replace(",", " ").split()]
-    shipped = shipped_defenses()
-    names = [each for name in names for each in (shipped if name == "all" else [name])]
-    if not names:
-        raise ConfigError(f"No defense is named. Shipped are {', '.join(shipped)}, or `all`.")
-    found: dict[str, Phase] = {}
-    for name in names:
-        path = shipped.get(name)
-        if path is None and Path(name).is_file():
-            path, name = Path(name), Path(name).stem
-        if path is None and (name.endswith((".yaml", ".yml")) or "/" in name):
-            raise ConfigError(f"There is no file `{name}` with a defense.")
-        if path is None:
-            close = difflib.get_close_matches(name, shipped, n=1)
-            guess = f" Did you mean `{close[0]}`?" if close else ""
-            raise ConfigError(
-                f"There is no defense `{name}`: shipped are {', '.join(shipped)}; `all` is all of these.{guess}"
-            )
-        if name in found or name == UNDEFENDED:
-            raise ConfigError(f"The defense `{name}` is named twice, or has the name of the undefended model's row.")
-        found[name] = _read_phase(path)
-    return found
+    files = named_files(wanted, shipped_defenses(), "defense")
+    if UNDEFENDED in files:
+        raise ConfigError(f"The defense `{UNDEFENDED}` has the name of the undefended model's row.")
+    return {name: _read_phase(path) for name, path in files.items()}
 
 
 def plan_phases(defenses: Mapping[str, Phase], split: str, batch_size: int | None) -> dict[str, Phase]:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 
 from lightning_bd.checkpointing import check_weights, read_checkpoint
-from lightning_bd.commands.checkpoints import named_after, take_over
+from lightning_bd.commands.checkpoints import named_after, own_data, take_over
 from lightning_bd.commands.defend import (
     UNDEFENDED,
     DefenseFailedError,
@@ -17,13 +17,12 @@ from lightning_bd.commands.defend import (
     plan_phases,
     weights_sha256,
 )
+from lightning_bd.commands.detection import DetectionTrainer
 from lightning_bd.commands.interpolate import interpolate
 from lightning_bd.commands.landscape import landscape
 from lightning_bd.commands.sharpness import sharpness
-from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.phase_measurement import copy_state
 from lightning_bd.phase_run import PhaseRun, is_first_process
-from lightning_bd.phases import MultiPhaseTrainer
 from lightning_bd.quiet import threads
 from lightning_bd.reports import plot_stages
 from lightning_bd.results_table import print_results, wide_console
@@ -31,8 +30,8 @@ from lightning_bd.results_table import print_results, wide_console
 __all__ = ("CommandTrainer",)
 
 
-class CommandTrainer(MultiPhaseTrainer):
-    """A :class:`~lightning_bd.phases.MultiPhaseTrainer` with a method for each further command."""
+class CommandTrainer(DetectionTrainer):
+    """Runs phases, defenses and measurements: the Trainer of the command line, a method for each command."""
 
     def defend(
         self,
@@ -59,7 +58,7 @@ class CommandTrainer(MultiPhaseTrainer):
             split: The split of the training set that the defender has.
             batch_size: Images per batch of each defense; the data's if not given.
         """
-        path, data = Path(ckpt_path), _own_data(datamodule)
+        path, data = Path(ckpt_path), own_data(datamodule)
         phases = plan_phases(load_defenses(defenses), split, batch_size)
         manifest = take_over(path, model, data, override_trigger=self.override_trigger)
         root = Path(self.default_root_dir) / "defend" / named_after(path)
@@ -129,7 +128,7 @@ class CommandTrainer(MultiPhaseTrainer):
                 images; else they are interpolated like the weights.
         """
         self._refuse_fresh()
-        data, paths = _own_data(datamodule), (Path(first), Path(second))
+        data, paths = own_data(datamodule), (Path(first), Path(second))
         for path in paths:
             check_weights(model, read_checkpoint(path)["state_dict"], path)
         given, poisons, ends, manifests = data.poison, [], [], []
@@ -181,7 +180,7 @@ class CommandTrainer(MultiPhaseTrainer):
             seed: Seed of the directions.
         """
         self._refuse_fresh()
-        path, data = Path(ckpt_path), _own_data(datamodule)
+        path, data = Path(ckpt_path), own_data(datamodule)
         take_over(path, model, data, override_trigger=self.override_trigger)
         folder = Path(self.default_root_dir) / "landscape" / named_after(path)
         with threads(self.num_threads):
@@ -218,7 +217,7 @@ class CommandTrainer(MultiPhaseTrainer):
             seed: Seed of the power iteration's start.
         """
         self._refuse_fresh()
-        path, data = Path(ckpt_path), _own_data(datamodule)
+        path, data = Path(ckpt_path), own_data(datamodule)
         take_over(path, model, data, override_trigger=self.override_trigger)
         folder = Path(self.default_root_dir) / "sharpness" / named_after(path)
         with threads(self.num_threads):
@@ -241,12 +240,3 @@ class CommandTrainer(MultiPhaseTrainer):
 
 def _run_of(checkpoint: Path) -> str:
     return checkpoint.absolute().parent.parent.name
-
-
-def _own_data(datamodule: LightningDataModule) -> ImageDataModule:
-    if not isinstance(datamodule, ImageDataModule):
-        raise MisconfigurationException(
-            "This command needs one of lightning_bd.datamodules (or a subclass of ImageDataModule), but got "
-            f"{type(datamodule).__name__}."
-        )
-    return datamodule

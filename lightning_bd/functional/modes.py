@@ -1,11 +1,11 @@
-"""Training and evaluation mode, put back."""
+"""Modes of a network, put back: training or evaluation, parameters with gradients or without."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ("mode",)
+__all__ = ("mode", "without_parameter_gradients")
 
 
 @contextmanager
@@ -31,3 +31,28 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, was in before:
             module.training = was
+
+
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no parameter need a gradient inside the block, so that a backward pass only goes to the images.
+
+    Args:
+        model: Any module.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> with without_parameter_gradients(model):
+        ...     model.weight.requires_grad
+        False
+        >>> model.weight.requires_grad
+        True
+    """
+    changed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(True)

@@ -236,7 +236,7 @@ def test_a_file_that_is_no_defense(tmp_path: Path, text: str, words: str) -> Non
 
 
 def test_names_that_clash_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="`ft` is named twice"):
+    with pytest.raises(ConfigError, match="The defense `ft` is named twice"):
         load_defenses("ft,ft")
     (tmp_path / "none.yaml").write_text(QUICK.replace("RATE", "0.1"))
     with pytest.raises(ConfigError, match=r"`none` .* the undefended model's row"):

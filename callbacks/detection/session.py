@@ -1,0 +1,263 @@
+"""Fitting and scoring with several detectors, on one forward pass for all that look at features."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bd.callbacks.detection.base import DatasetDetector, Detector, FeatureDetector, InputDetector
+from lightning_bd.callbacks.detection.features import Features, FeatureTap
+from lightning_bd.functional.modes import mode
+
+__all__ = ("Batches", "ScoringSession", "SetScores")
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """One detector's scores of one set of images, on the CPU.
+
+    Attributes:
+        index: ``(N,)`` int64, position of each image in its data set.
+        label: ``(N,)`` int64, the label that came with it.
+        prediction: ``(N,)`` int64, what the model says.
+        poisoned: ``(N,)`` bool, or ``None`` where that is not known.
+        score: ``(N,)`` float32, higher is more suspicious.
+    """
+
+    index: Tensor
+    label: Tensor
+    prediction: Tensor
+    poisoned: Tensor | None
+    score: Tensor
+
+
+@dataclass
+class _Rows:
+    """What is kept of one set while it passes."""
+
+    index: list[Tensor] = field(default_factory=list)
+    label: list[Tensor] = field(default_factory=list)
+    prediction: list[Tensor] = field(default_factory=list)
+    poisoned: list[Tensor] = field(default_factory=list)
+    scores: dict[Detector, list[Tensor]] = field(default_factory=dict)
+    # By layer: those of the detectors that look at a whole data set.
+    features: dict[str | None, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return sum(len(part) for part in self.index)
+
+
+class ScoringSession:
+    """Scores batches with several detectors while the model passes over them.
+
+    Features and logits are read off the model's own forward pass; whoever runs the model calls :meth:`take` after each
+    batch. Detectors that change the images run the model themselves.
+
+    Args:
+        model: The classifier.
+        detectors: The detectors.
+        forward_context: Makes the context of a forward pass, for mixed precision.
+        on_failure: Called with a detector and its exception; the others go on without it. ``None``: it is raised.
+        every: Rank and number of the processes that take turns with the images; for positions that no batch tells.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        detectors: Sequence[Detector],
+        forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        on_failure: Callable[[Detector, Exception], None] | None = None,
+        every: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._model = model
+        self._detectors = list(detectors)
+        self._context = forward_context
+        self._on_failure = on_failure
+        self._every = every
+        self._taps = {layer: FeatureTap(model, layer) for layer in dict.fromkeys(d.layer for d in detectors)}
+        self._rows: dict[int, _Rows] = {}
+        for detector in detectors:
+            if detector.uses_head and not detector.needs_fit:
+                detector.forget()  # of a model's head, which costs nothing to read again
+
+    @property
+    def detectors(self) -> tuple[Detector, ...]:
+        """Those that have not failed."""
+        return tuple(self._detectors)
+
+    def fit(self, batches: Callable[[Iterable[Any] | None], Batches]) -> None:
+        """Fit those detectors that need it and have not been fitted to the model's present weights.
+
+        Those with the same data share one pass.
+
+        Args:
+            batches: Given a detector's ``dataloader``, returns its batches on the model's device.
+        """
+        waiting = [d for d in self._detectors if d.needs_fit and not (d.fitted and d.knows(self._model))]
+        features = [d for d in waiting if isinstance(d, FeatureDetector)]
+        for source in {id(d.dataloader): d.dataloader for d in features}.values():
+            self._fit_features([d for d in features if d.dataloader is source], batches(source))
+        for detector in waiting:
+            if isinstance(detector, InputDetector):
+                self._attempt(detector, partial(self._fit_input, detector, batches))
+        for detector in waiting:
+            detector.note_weights(self._model)
+
+    def open(self) -> None:
+        """Start to look at the model's forward passes."""
+        for tap in self._taps.values():
+            tap.open()
+
+    def close(self) -> None:
+        """Stop it, and leave nothing on the model; may be called again."""
+        for tap in self._taps.values():
+            tap.close()
+
+    def skip(self) -> None:
+        """Forget the last forward pass, before the next."""
+        for tap in self._taps.values():
+            tap.skip()
+
+    @torch.no_grad()
+    def take(
+        self,
+        number: int,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor | None = None,
+        poisoned: Tensor | None = None,
+    ) -> None:
+        """Score the batch that the model has just passed.
+
+        Args:
+            number: Which set it is of.
+            images: ``(B, C, H, W)`` in [0, 1].
+            labels: ``(B,)``, integers.
+            index: ``(B,)``, positions in the data set; counted if not given.
+            poisoned: ``(B,)`` bool, if known.
+        """
+        rows = self._rows.setdefault(number, _Rows())
+        # All are read before any detector runs the model again.
+        seen = {layer: tap.take(len(images)) for layer, tap in self._taps.items()}
+        first = next(iter(seen.values()))
+        if index is None:
+            rank, processes = self._every
+            index = torch.arange(rows.count, rows.count + len(images)) * processes + rank
+        rows.index.append(index.cpu())
+        rows.label.append(labels.cpu())
+        rows.prediction.append(first.logits.argmax(dim=1).cpu())
+        if poisoned is not None:
+            rows.poisoned.append(poisoned.cpu())
+        for layer in {d.layer for d in self._detectors if isinstance(d, DatasetDetector)}:
+            rows.features.setdefault(layer, []).append(seen[layer].features.cpu())
+        self.close()  # not to listen to the passes of the input detectors
+        for detector in tuple(self._detectors):
+            if isinstance(detector, FeatureDetector) and not detector.is_ready and not detector.needs_fit:
+                self._attempt(detector, partial(self._give_head, detector))
+        for detector in tuple(self._detectors):
+            if not isinstance(detector, DatasetDetector):
+                self._attempt(detector, partial(self._score, detector, rows, seen[detector.layer], images))
+        self.open()
+
+    def results(self) -> dict[Detector, dict[int, SetScores]]:
+        """Return the scores of each detector that has not failed, by the number of the set."""
+        found: dict[Detector, dict[int, SetScores]] = {}
+        for number, rows in self._rows.items():
+            common = (torch.cat(rows.index), torch.cat(rows.label), torch.cat(rows.prediction))
+            poisoned = torch.cat(rows.poisoned) if rows.poisoned else None
+            for detector in tuple(self._detectors):
+                if isinstance(detector, DatasetDetector):
+                    self._attempt(detector, partial(self._score_set, detector, rows, common[1]))
+            for detector in self._detectors:
+                scores = torch.cat(rows.scores[detector])
+                found.setdefault(detector, {})[number] = SetScores(*common, poisoned, scores)
+        return {detector: sets for detector, sets in found.items() if detector in self._detectors}
+
+    def run(
+        self, number: int, batch: Sequence[Tensor], index: Tensor | None = None, poisoned: Tensor | None = None
+    ) -> None:
+        """Pass the model over a batch and score it, where no one else does.
+
+        Args:
+            number: Which set it is of.
+            batch: Images and labels.
+            index: ``(B,)``, positions in the data set.
+            poisoned: ``(B,)`` bool, if known.
+        """
+        self.open()
+        try:
+            self.skip()
+            with torch.no_grad(), mode(self._model, training=False), self._context():
+                self._model(batch[0])
+            self.take(number, batch[0], batch[1], index, poisoned)
+        finally:
+            self.close()
+
+    def _fit_features(self, detectors: Sequence[FeatureDetector], batches: Batches) -> None:
+        self.open()
+        try:
+            started = False
+            with mode(self._model, training=False), torch.no_grad():
+                for images, labels in batches:
+                    self.skip()
+                    with self._context():
+                        self._model(images)
+                    seen = {d.layer: self._taps[d.layer].take(len(images)) for d in detectors}
+                    if not started:
+                        for d in detectors:
+                            self._attempt(d, partial(d.begin_fit, self._taps[d.layer].head))
+                        started = True
+                    for d in detectors:
+                        if d in self._detectors:
+                            self._attempt(d, partial(d.update_fit, *seen[d.layer], labels))
+            for d in detectors:
+                if not started:
+                    self._attempt(d, _no_data)
+                elif d in self._detectors:
+                    self._attempt(d, d.finish_fit)
+        finally:
+            self.close()
+
+    def _fit_input(self, detector: InputDetector, batches: Callable[[Iterable[Any] | None], Batches]) -> None:
+        detector.fit(self._model, batches(detector.dataloader))
+
+    def _give_head(self, detector: FeatureDetector) -> None:
+        detector.begin_fit(self._taps[detector.layer].head)
+        detector.finish_fit()
+
+    def _score(self, detector: Detector, rows: _Rows, seen: Features, images: Tensor) -> None:
+        if isinstance(detector, FeatureDetector):
+            scores = detector.score(seen.features, seen.logits)
+        else:
+            assert isinstance(detector, InputDetector)
+            with self._context():
+                scores = detector.score(self._model, images)
+        if scores.shape != (len(images),) or not bool(scores.isfinite().all()):
+            raise ValueError(
+                f"`{type(detector).__name__}` gave scores of shape {tuple(scores.shape)} for {len(images)} images, or"
+                " some that are not finite."
+            )
+        rows.scores.setdefault(detector, []).append(scores.cpu())
+
+    def _score_set(self, detector: DatasetDetector, rows: _Rows, labels: Tensor) -> None:
+        rows.scores[detector] = [detector.score(torch.cat(rows.features[detector.layer]), labels).cpu()]
+
+    def _attempt(self, detector: Detector, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if self._on_failure is None:
+                raise
+            self._detectors.remove(detector)
+            self._on_failure(detector, error)
+
+
+def _no_data() -> None:
+    raise ValueError("Expected clean data to fit on, but got no batch. (An iterator may be exhausted.)")

@@ -1,0 +1,205 @@
+"""``lightning-bd score`` and ``filter``, as a user types them."""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+
+from lightning_bd.callbacks import Detector
+from lightning_bd.cli import main
+from lightning_bd.commands.detectors import load_detectors, shipped_detectors
+from lightning_bd.config_files import ConfigError
+
+Command = Callable[..., Any]
+
+pytestmark = pytest.mark.usefixtures("workplace")
+
+
+@pytest.fixture(scope="module")
+def static_run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run whose poisoned images are fixed."""
+    folder = tmp_path_factory.mktemp("static")
+    config = (trained.parent / "small.yaml").read_text()
+    (folder / "static.yaml").write_text(config.replace("poisoned: true", "poisoned: static"))
+    before = {name: os.environ.pop(name, None) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+    try:
+        main(["fit", "--config", str(folder / "static.yaml"), f"--trainer.default_root_dir={folder / 'run'}"])
+    finally:
+        del os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"]
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+    return folder / "run"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def folder_of_images(path: Path, count: int = 6) -> Path:
+    path.mkdir(parents=True)
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path / f"{number}.png")
+    return path
+
+
+def test_a_checkpoint_is_scored(lightning_bd: Command, static_run: Path, tmp_path: Path) -> None:
+    noise = folder_of_images(tmp_path / "noise")
+    checkpoint = static_run / "01_consolidate" / "final.ckpt"
+    given = ("score", "--ckpt_path", checkpoint, "--max_images", 20, "--ood.noise", noise,
+             "--trainer.default_root_dir", tmp_path / "out")  # fmt: skip
+    done = lightning_bd(*given, "--detectors", "energy,odin", "spectral")
+    assert done.status == 0, done.err
+    folder = tmp_path / "out" / "score" / "01_consolidate"
+    table = pq.read_table(folder / "scores.parquet").to_pydict()
+    assert [name for name in table if name not in ("index", "set", "label", "prediction", "positive")] == [
+        "energy", "odin", "spectral",
+    ]  # fmt: skip
+    names, values = np.array(table["set"]), {name: np.array(table[name], dtype=float) for name in ("energy", "odin")}
+    # ODIN runs the model on changed images: at most 20 of each; energy and ODIN never see the training images.
+    for each in ("clean", "poisoned"):
+        assert np.isfinite(values["odin"][names == each]).sum() == 20
+        assert np.isfinite(values["energy"][names == each]).all()
+    assert np.isnan(values["energy"][names == "train"]).all()
+    assert (names == "noise").sum() == 6
+    assert set(np.array(table["label"])[names == "noise"]) == {-1}
+    # 60 % of 300 images, a tenth of them poisoned.
+    assert np.array(table["positive"])[names == "train"].sum() == 18
+    found = {(row["detector"], row["set"]): row for row in rows(folder / "detection.csv")}
+    assert set(found) == {("energy", "poisoned"), ("energy", "noise"), ("odin", "poisoned"), ("odin", "noise"),
+                          ("spectral", "train")}  # fmt: skip
+    chosen = (names == "clean") | (names == "noise")
+    expected = roc_auc_score((names == "noise")[chosen], values["energy"][chosen])
+    assert float(found["energy", "noise"]["auroc"]) == pytest.approx(expected, abs=1e-6)
+    for name in ("roc.png", "histogram_energy.png", "suspicious_spectral.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size[0] > 100
+    assert "energy" in done.out
+    # A second call scores only what is new.
+    before = (folder / "parts" / "odin--clean.parquet").stat().st_mtime_ns
+    again = lightning_bd(*given, "--detectors", "odin", "msp")
+    assert again.status == 0, again.err
+    assert (folder / "parts" / "odin--clean.parquet").stat().st_mtime_ns == before
+    assert pq.read_table(folder / "scores.parquet").column_names[-2:] == ["odin", "msp"]
+
+
+def test_a_detector_that_fails_does_not_lose_the_others(
+    lightning_bd: Command, static_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "greedy.yaml").write_text(
+        "class_path: lightning_bd.callbacks.KNearestNeighbors\ninit_args: {k: 100000}\n"
+    )
+    with pytest.warns(UserWarning, match="The detector `greedy` failed"):
+        done = lightning_bd(
+            "score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--detectors", "greedy.yaml", "msp",
+            "--trainer.default_root_dir", tmp_path / "out",
+        )  # fmt: skip
+    assert done.status == 1
+    assert "These detectors failed" in done.err
+    assert "`greedy`" in done.err
+    assert [row["detector"] for row in rows(tmp_path / "out/score/00_inject/detection.csv")] == ["msp"]
+
+
+def test_scores_of_another_data_set_are_refused(lightning_bd: Command, static_run: Path, tmp_path: Path) -> None:
+    given = ("score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--detectors", "msp",
+             "--trainer.default_root_dir", tmp_path / "out")  # fmt: skip
+    assert lightning_bd(*given).status == 0
+    other = lightning_bd(*given, "--data.subset", 200)
+    other.check_refused(["scores in", "data_sha256", "--fresh"])
+    fresh = lightning_bd(*given, "--data.subset", 200, "--fresh")
+    assert fresh.status == 0, fresh.err
+    assert len(list((tmp_path / "out" / "score").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--detectors", "enrgy"), ["no detector `enrgy`", "Did you mean `energy`?"]),
+        (("--detectors", "msp,msp"), ["The detector `msp` is named twice"]),
+        (("--detectors", "mine.yaml"), ["no file `mine.yaml` with a detector"]),
+        (("--detectors", "msp", "--ood.far", "nowhere"), ["There is no folder", "nowhere"]),
+        (("--detectors", "msp", "--ood.clean", "."), ["`clean` cannot be the name of a set"]),
+        (("--detectors", "msp", "--max_images", 0), ["`max_images` to be a positive integer, but got 0"]),
+        (("--detectors", "msp", "--split", "defence"), ["has no split `defence`"]),
+    ],
+)
+def test_what_cannot_be_scored(
+    lightning_bd: Command, static_run: Path, tmp_path: Path, arguments: tuple[str, ...], words: list[str]
+) -> None:
+    lightning_bd(
+        "score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--trainer.default_root_dir", tmp_path / "out",
+        *arguments,
+    ).check_refused(words)  # fmt: skip
+
+
+def test_suspicious_images_are_left_out_and_the_model_trained_again(
+    lightning_bd: Command, static_run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "exclude.json"
+    done = lightning_bd(
+        "filter", "--ckpt_path", static_run / "01_consolidate" / "final.ckpt", "--detector", "spectral", "--keep", 0.8,
+        "--output", file, "--trainer.default_root_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    content = json.loads(file.read_text())
+    # A fifth of the 180 images of the poisoned phase's split.
+    assert len(content["excluded"]) == 36
+    scored = pq.read_table(tmp_path / "out/score/01_consolidate/parts/spectral--train.parquet").to_pydict()
+    order = np.argsort(-np.array(scored["spectral"]), kind="stable")[:36]
+    assert sorted(np.array(scored["index"])[order].tolist()) == content["excluded"]
+    hits = int(np.array(scored["positive"])[order].sum())
+    assert f"Among them are {hits} of the 18 poisoned ones" in done.out
+    again = lightning_bd(
+        "fit", "--config", static_run / "config.yaml", "--data.exclude", file,
+        "--trainer.default_root_dir", tmp_path / "cleaned",
+    )  # fmt: skip
+    assert again.status == 0, again.err
+    # The rest of the attacker's images are those of before.
+    before, after = (
+        load_file(run / "manifest.safetensors")["indices.inject"] for run in (static_run, tmp_path / "cleaned")
+    )
+    left = set(before.tolist()) - set(content["excluded"])
+    assert set(after.tolist()) == left
+    assert len(left) == 18 - hits
+
+
+def test_what_cannot_be_filtered(lightning_bd: Command, trained: Path, static_run: Path, tmp_path: Path) -> None:
+    out = ("--trainer.default_root_dir", tmp_path / "out")
+    dynamic = lightning_bd("filter", "--ckpt_path", trained / "00_inject" / "final.ckpt", "--detector", "msp", *out)
+    dynamic.check_refused(["Phase `inject` poisons each batch anew", "poisoned: static"])
+    given = ("filter", "--ckpt_path", static_run / "00_inject" / "final.ckpt", *out)
+    lightning_bd(*given, "--keep", 1).check_refused(["`keep` to be a share in (0, 1), but got 1"])
+    lightning_bd(*given, "--detector", "msp,gen").check_refused(["`filter` takes one detector, but got msp, gen"])
+    foreign = tmp_path / "model.ckpt"
+    foreign.write_bytes((static_run / "00_inject" / "final.ckpt").read_bytes())
+    unknown = lightning_bd(
+        "filter", "--config", static_run / "config.yaml", "--ckpt_path", foreign, "--detector", "msp", *out
+    )
+    unknown.check_refused(["not known which poisoned images"])
+
+
+def test_every_shipped_detector_is_made_with_its_own_name() -> None:
+    assert {"ctm", "energy", "knn", "cd", "strip"} <= set(shipped_detectors())
+    for name, detector in load_detectors("all").items():
+        assert isinstance(detector, Detector)
+        assert detector.name == name
+
+
+def test_a_file_that_is_no_detector_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    for content in ("class_path: torch.nn.Linear", "class_path: lightning_bd.callbacks.Energy\ninit_args: {heat: 2}"):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"odd\.yaml is not a detector"):
+            load_detectors(str(path))
