@@ -1,9 +1,9 @@
 """Speed of Cognitive Distillation on ResNet-18 against a loop with gradients in the whole model, and its memory.
 
-python benchmarks/cognitive_distillation.py --device cpu --threads 2 --images 32 --steps 5
+python benchmarks/cognitive_distillation.py --device cpu --threads 2 --images 16 --steps 10
 python benchmarks/cognitive_distillation.py --device cuda --images 256 --steps 100
 
-The loop computes the clean logits once, too. A step costs the same whatever its number, so that few are enough.
+The loop computes the clean logits once, too. Every step costs the same, so that few are enough to measure.
 """
 
 import argparse
@@ -40,15 +40,19 @@ def loop(model: nn.Module, images: Tensor, steps: int) -> Tensor:
     return -((torch.tanh(theta.detach()) + 1) / 2).sum(dim=(1, 2, 3))
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, device included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def timed(function: Callable[[], Tensor], device: torch.device) -> Callable[[], float]:
+    """Return a function that gives the wall time of one call, device included."""
+
+    def run() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return run
 
 
 def peak_memory(device: torch.device) -> float:
@@ -63,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
 
@@ -85,12 +89,13 @@ def main() -> None:
         peaks.append(peak_memory(device))
 
     images = torch.rand(count, 3, 32, 32, device=device)
-    ours, baseline = (lambda: detector.score(model, images)), (lambda: loop(model, images, steps))
-    for function in (ours, baseline):
-        function()
-    times = alternate(
-        {"ours": lambda: seconds(ours, device), "loop": lambda: seconds(baseline, device)}, arguments.pairs
-    )
+    runs = {
+        "ours": timed(lambda: detector.score(model, images), device),
+        "loop": timed(lambda: loop(model, images, steps), device),
+    }
+    for run in runs.values():
+        run()
+    times = alternate(runs, arguments.pairs)
     print(f"device {device}, ResNet-18 at 32x32, {count} images, {steps} steps, {arguments.threads} threads")
     for name, measured in times.items():
         each = statistics.median(measured) / steps

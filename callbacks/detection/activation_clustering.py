@@ -124,5 +124,5 @@ class ActivationClustering(DatasetDetector):
 
 def _canonical_order(features: Tensor) -> Tensor:
     """Return an order of the rows that depends on nothing but what they hold."""
-    rows = np.ascontiguousarray(features.numpy()) + np.float32(0)  # one zero, not two
+    rows = features.contiguous().numpy()
     return torch.tensor(sorted(range(len(rows)), key=lambda row: rows[row].tobytes()), dtype=torch.int64)

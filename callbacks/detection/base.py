@@ -54,11 +54,10 @@ class Detector(DetectorHooks, ABC):
     @property
     def state_key(self) -> str:
         """The class with its settings, so that two variants can stand in one Trainer."""
-        plain = (str, int, float, bool, type(None))
         settings = {
             key: value
             for key, value in sorted(vars(self).items())
-            if key[0] != "_" and key != "dataloader" and type(value) in plain
+            if key[0] != "_" and key != "dataloader" and _is_plain(value)
         }
         return self._generate_state_key(**settings)
 
@@ -170,8 +169,7 @@ class FeatureDetector(Detector):
             ValueError: If features or logits are not finite.
         """
         self._require_fit()
-        device = features.device
-        self.fitted = {key: tensor.to(device) for key, tensor in self.fitted.items()}
+        self.fitted = _on(features.device, self.fitted)
         return self._score(_checked(features, "features"), _checked(logits, "logits")).float()
 
 
@@ -229,7 +227,7 @@ class InputDetector(Detector):
             RuntimeError: If it has to be fitted first.
         """
         self._require_fit()
-        self.fitted = {key: tensor.to(images.device) for key, tensor in self.fitted.items()}
+        self.fitted = _on(images.device, self.fitted)
         with (
             mode(model, training=False),
             torch.inference_mode(False),
@@ -285,6 +283,19 @@ def _checked(values: Tensor, what: str) -> Tensor:
             " the model overflows on them, or its weights are broken."
         )
     return values.float()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on a device, in float32 where it has no float64."""
+    if device.type == "mps":
+        tensors = {key: tensor.float() if tensor.dtype == torch.float64 else tensor for key, tensor in tensors.items()}
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
 def _sums(model: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bd.callbacks.detection.base import InputDetector
-from lightning_bd.callbacks.detection.features import FeatureTap, pooled
+from lightning_bd.callbacks.detection.features import FeatureTap
 from lightning_bd.functional.cognitive_distillation import distill
 from lightning_bd.functional.modes import mode, without_parameter_gradients
 
@@ -136,7 +136,7 @@ class CognitiveDistillation(InputDetector):
         return -self._masks(model, images).sum(dim=(1, 2, 3))
 
     def _masks(self, model: nn.Module, images: Tensor) -> Tensor:
-        with _outputs(model, images[:1], self.target, self.layer) as outputs:
+        with _outputs(model, self.target, self.layer) as outputs:
             return distill(
                 outputs,
                 images,
@@ -150,45 +150,20 @@ class CognitiveDistillation(InputDetector):
 
 
 @contextmanager
-def _outputs(
-    model: nn.Module, image: Tensor, target: _Target, layer: str | None
-) -> Iterator[Callable[[Tensor], Tensor]]:
+def _outputs(model: nn.Module, target: _Target, layer: str | None) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield a function that maps images to outputs ``(B, D)`` that gradients flow through."""
     if target == "logits":
         yield model
         return
-    tap = FeatureTap(model, layer)
+    tap = FeatureTap(model, layer, detach=False)
     tap.open()
-    try:
-        with torch.no_grad():
-            model(image)
-        tap.take(len(image))  # Says what is wrong where the model has no such features.
-    finally:
-        tap.close()
-    seen: list[Tensor] = []
-
-    def note_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        seen.append(output)
-
-    def note_input(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.ndim == 2:
-            seen.append(inputs[0])
-
-    # A tap's features have no graph.
-    if layer is not None:
-        handles = [model.get_submodule(layer).register_forward_hook(note_output)]
-    else:
-        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        handles = [head.register_forward_hook(note_input) for head in heads]
 
     def outputs(images: Tensor) -> Tensor:
-        seen.clear()
+        tap.skip()
         model(images)
-        # The last of them, as a tap has it: other linear layers may come before the head.
-        return pooled(seen[-1])
+        return tap.take(len(images)).features
 
     try:
         yield outputs
     finally:
-        for handle in handles:
-            handle.remove()
+        tap.close()

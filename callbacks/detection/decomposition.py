@@ -50,7 +50,7 @@ def decompose(means: Tensor, counts: Tensor, within: Tensor, max_iterations: int
     total, labels = counts.sum(), len(means)
     column = counts[:, None]
     variances, directions = torch.linalg.eigh((within + means.T @ (column * means)) / total)
-    kept = variances > _NEGLIGIBLE * variances[-1].clamp_min(torch.finfo(variances.dtype).tiny)
+    kept = variances > _NEGLIGIBLE * variances[-1]
     kept[: -_most_directions(counts)] = False
     whitener = directions[:, kept] / variances[kept].sqrt()
     means, within = means @ whitener, whitener.T @ within @ whitener

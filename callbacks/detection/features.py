@@ -48,6 +48,7 @@ def pooled(features: Tensor) -> Tensor:
         ValueError: If the shape is none of these.
 
     Example:
+        >>> import torch
         >>> pooled(torch.ones(2, 3, 4, 4)).shape
         torch.Size([2, 3])
     """
@@ -70,11 +71,13 @@ class FeatureTap:
     Args:
         model: The classifier; it is not changed, hooks are on it between :meth:`open` and :meth:`close`.
         layer: Qualified name of the module whose output are the features.
+        detach: Whether gradients stop at the features.
 
     Raises:
         MisconfigurationException: If there is no such module.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> tap = FeatureTap(model)
         >>> tap.open()
@@ -84,8 +87,9 @@ class FeatureTap:
         >>> tap.close()
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: str | None = None, detach: bool = True) -> None:
         self.layer = layer
+        self._detach = detach
         self._model = model
         self._named = None if layer is None else _find(model, layer)
         self._head: nn.Linear | None = None
@@ -163,7 +167,9 @@ class FeatureTap:
                 f"The last forward pass had {len(features)} rows of features and {len(logits)} of logits for a batch of"
                 f" {count} images. Detectors need a step that calls the model once, on the whole batch."
             )
-        return Features(features.detach().float(), logits.detach().float())
+        if self._detach:
+            features, logits = features.detach(), logits.detach()
+        return Features(features.float(), logits.float())
 
     def _locate(self) -> None:
         """From the first pass on, only the last linear layer matters."""

@@ -55,10 +55,9 @@ def label_groups(features: Tensor, labels: Tensor) -> Iterator[LabelGroup]:
         start += count
         if count >= FEWEST_IMAGES:
             own = features[rows].double()
-            # Less the first image, constant features are exactly 0 and so is their mean.
-            first = own[0].clone()
-            rest = own.sub_(first).mean(dim=0)
-            yield LabelGroup(label, rows, first + rest, own.sub_(rest))
+            # A mean of equal float32 values is exact in float64: constant features are exactly 0 afterwards.
+            mean = own.mean(dim=0)
+            yield LabelGroup(label, rows, mean, own.sub_(mean))
 
 
 def principal_components(centred: Tensor, count: int) -> Tensor:

@@ -80,16 +80,17 @@ def test_streaming_mean_is_that_in_float64() -> None:
         torch.testing.assert_close(detector.fitted["typical"], F.normalize(means), rtol=0, atol=1e-14)
 
 
-def test_class_without_a_correct_image_is_represented_by_all_of_them() -> None:
+@pytest.mark.parametrize("center", [False, True])
+def test_class_without_a_correct_image_is_represented_by_all_of_them(center: bool) -> None:
     features, logits, labels = data()
     logits[labels == 2] = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    detector = ClassTypicalMatching()
+    detector = ClassTypicalMatching(center=center)
     with pytest.warns(UserWarning, match=r"no image of class 2 is classified correctly\. All images of the class"):
         detector.fit(features, logits, labels)
     correct = logits.argmax(dim=1) == labels
     groups = [(labels == label) & (correct if label != 2 else torch.ones(60, dtype=torch.bool)) for label in range(4)]
     means = torch.stack([features[group].double().mean(dim=0) for group in groups])
-    torch.testing.assert_close(detector.fitted["typical"], F.normalize(means))
+    torch.testing.assert_close(detector.fitted["typical"], F.normalize(means - center * features.double().mean(dim=0)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ClassTypicalMatching(only_correct=False).fit(features, logits, labels)

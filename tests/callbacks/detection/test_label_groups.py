@@ -27,9 +27,10 @@ def test_labels_with_few_images_are_left_out() -> None:
 
 
 def test_constant_features_are_exactly_zero() -> None:
-    (group,) = label_groups(torch.full((37, 4), 0.1), torch.zeros(37, dtype=torch.int64))
-    assert not group.centred.any()
-    assert principal_components(group.centred, 3).shape == (37, 0)
+    for images in (37, 49, 101):
+        (group,) = label_groups(draw(1, 50).expand(images, 50), torch.zeros(images, dtype=torch.int64))
+        assert not group.centred.any()
+        assert principal_components(group.centred, 3).shape == (images, 0)
 
 
 def test_principal_components_are_those_of_the_singular_value_decomposition() -> None:

@@ -75,3 +75,8 @@ def test_score_does_not_depend_on_the_batch_and_leaves_nothing(model: nn.Module,
 def test_factors_are_checked(scales: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="`scales` to be finite numbers above 1, but got"):
         ScaleUp(scales)
+
+
+def test_other_scales_are_another_state() -> None:
+    assert ScaleUp(scales=(2, 3)).state_key != ScaleUp().state_key
+    assert ScaleUp().state_key == ScaleUp().state_key

@@ -83,6 +83,9 @@ def test_score_is_the_formula() -> None:
     odds = small - large
     expected = np.log1p(np.exp(tests[1].anomaly)) * (1 + odds / (1 + np.abs(odds)) / 2)
     np.testing.assert_allclose(scores[labels == 1].double(), expected, rtol=1e-5)
+    for found in tests:
+        relative = scores[labels == found.label] / np.log1p(np.exp(found.anomaly))
+        assert 0.5 < relative.min() < 1 < relative.max() < 1.5
     statistics = np.array([test.statistic for test in tests])
     distances = statistics - np.median(statistics)  # all labels have equally many images
     anomalies = distances / (1.4826 * np.median(np.abs(distances)))
@@ -98,15 +101,23 @@ def test_finds_planted_images(rate: float) -> None:
     assert [test.label for test in SCAn().label_tests(features, labels) if test.anomaly > THRESHOLD] == [1]
 
 
-def test_no_label_of_a_clean_set_stands_out() -> None:
-    features, labels = draw(3000, 32, 8)
-    # From about 20 images to about 700.
-    kept = torch.rand(3000, generator=torch.Generator().manual_seed(1)) < (labels / 7).square() + 0.05
-    labels[~kept] = 7
-    features, labels = features[kept], labels[kept]
-    tests = SCAn().label_tests(features, labels)
-    assert min(test.images for test in tests) < 30
+@pytest.mark.parametrize("images", [20, 400])
+def test_no_label_of_a_clean_set_stands_out(images: int) -> None:
+    features, labels = draw(3200, 32, 8)
+    kept = (labels != 2) | (torch.arange(3200) < images * 8)
+    tests = SCAn().label_tests(features[kept], labels[kept])
+    assert [test.images for test in tests] == [400, 400, images, 400, 400, 400, 400, 400]
     assert max(test.anomaly for test in tests) < THRESHOLD
+
+
+def test_a_wide_direction_does_not_hide_a_group() -> None:
+    features = torch.randn(1600, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(1600) % 4
+    features[labels == 1, 0] *= 5**0.5
+    features[1:81:4, 1] += 8.5
+    found = SCAn().label_tests(features, labels)[1]
+    assert found.smaller == 20
+    assert found.anomaly > THRESHOLD
 
 
 def test_label_comes_before_group() -> None:
