@@ -21,7 +21,7 @@ from lightning_bd.reports.figures import read_rows
 
 def caught(folder: Path, detector: str, excluded: set[int]) -> tuple[float, float]:
     """Return the shares of the poisoned and of the clean training images that are left out."""
-    table = pq.read_table(folder / "parts" / f"{detector}--train.parquet")
+    table = pq.read_table(folder / "parts" / detector / "train.parquet")
     rows = list(zip(table["index"].to_pylist(), table["positive"].to_pylist(), strict=True))
     shares = [[index in excluded for index, positive in rows if positive is wanted] for wanted in (True, False)]
     return sum(shares[0]) / len(shares[0]), sum(shares[1]) / len(shares[1])

@@ -53,10 +53,12 @@ class UnlabelledImages(ImageSet):
         return UnlabelledImages(self.root, [str(path) for path in self.paths[positions.numpy()]], self.image_shape)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 hex digest of relative paths, file sizes and the image shape."""
+        """Return a SHA-256 hex digest of relative paths, file sizes and times, and the image shape."""
         digest = hashlib.sha256(repr(self.image_shape).encode())
         for path in self.paths.tolist():
-            digest.update(f"{path}\0{(self.root / path).stat().st_size}\n".encode())
+            file = (self.root / path).stat()
+            # Raw images of one shape have one size.
+            digest.update(f"{path}\0{file.st_size}\0{file.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 
@@ -106,7 +108,11 @@ def find_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise MisconfigurationException(f"There is no folder {folder.absolute()}. Pass a folder of images.")
-    found = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    found = (
+        file.relative_to(folder)
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
+    )
     paths = sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
     if not paths:
         raise MisconfigurationException(

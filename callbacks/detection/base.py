@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from lightning_bd.callbacks.detection.features import Head
 from lightning_bd.callbacks.detection.hooks import DetectorHooks
+from lightning_bd.functional.digest import weights_sha256
 from lightning_bd.functional.modes import mode, without_parameter_gradients
 
 __all__ = ("DatasetDetector", "Detector", "FeatureDetector", "InputDetector")
+
+
+_UNKNOWN = object()
 
 
 class Detector(DetectorHooks, ABC):
@@ -43,8 +47,10 @@ class Detector(DetectorHooks, ABC):
         self.in_distribution = in_distribution
         #: What :meth:`fit` found; empty before.
         self.fitted: dict[str, Tensor] = {}
-        # Sums over the weights that it was fitted on, to know them again.
-        self._weights: Tensor | None = None
+        # SHA-256 of the weights that it was fitted to.
+        self._weights: str | None = None
+        # Where the data came from that it was fitted on; a state that was loaded does not say.
+        self._source: object = _UNKNOWN
 
     @property
     def is_ready(self) -> bool:
@@ -52,36 +58,52 @@ class Detector(DetectorHooks, ABC):
         return bool(self.fitted) or not (self.needs_fit or self.uses_head)
 
     @property
+    def runs_model(self) -> bool:
+        """Whether the model is run for it, beside the user's own passes."""
+        return self.needs_fit
+
+    @property
     def state_key(self) -> str:
         """The class with its settings, so that two variants can stand in one Trainer."""
         settings = {
             key: value
             for key, value in sorted(vars(self).items())
-            if key[0] != "_" and key != "dataloader" and _is_plain(value)
+            if key[0] != "_" and key not in ("dataloader", "in_distribution") and _is_plain(value)
         }
         return self._generate_state_key(**settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was fitted, tensors only."""
+        """Return what was fitted: tensors, and the digest of the weights that it was fitted to."""
         return {"fitted": dict(self.fitted), "weights": self._weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what another of this class and settings was fitted to."""
         self.fitted, self._weights = dict(state_dict["fitted"]), state_dict["weights"]
+        self._source = _UNKNOWN
 
     def forget(self) -> None:
         """Forget what was fitted."""
         self.fitted, self._weights = {}, None
 
-    def note_weights(self, model: nn.Module) -> None:
-        """Remember the weights that it is fitted on."""
-        self._weights = _sums(model)
+    def note_fit(self, model: nn.Module, source: object) -> None:
+        """Remember what it was fitted to.
 
-    def knows(self, model: nn.Module) -> bool:
-        """Return whether it was fitted on the weights that ``model`` has now."""
-        sums = _sums(model)
-        known = self._weights
-        return known is not None and known.shape == sums.shape and torch.allclose(known.cpu(), sums, rtol=1e-9, atol=0)
+        Args:
+            model: The model, with the weights that it has now.
+            source: Where the data came from.
+        """
+        self._weights, self._source = weights_sha256(model.state_dict()), source
+
+    def knows(self, model: nn.Module, source: object) -> bool:
+        """Return whether it was fitted to the weights that ``model`` has now, on data of ``source``.
+
+        Args:
+            model: The model.
+            source: Where the data would come from; not compared where the fit was loaded.
+        """
+        if not self.fitted or self._weights is None or not (self._source is _UNKNOWN or self._source is source):
+            return False
+        return self._weights == weights_sha256(model.state_dict())
 
     def _require_fit(self) -> None:
         if not self.is_ready:
@@ -190,6 +212,11 @@ class InputDetector(Detector):
         """Return what scoring needs; the model is left as it is."""
         return {}
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run for it, beside the user's own passes."""
+        return True
+
     def explain(self, model: nn.Module, images: Tensor) -> Tensor | None:
         """Return pictures of why images are suspicious, such as masks.
 
@@ -296,9 +323,3 @@ def _on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if device.type == "mps":
         tensors = {key: tensor.float() if tensor.dtype == torch.float64 else tensor for key, tensor in tensors.items()}
     return {key: tensor.to(device) for key, tensor in tensors.items()}
-
-
-def _sums(model: nn.Module) -> Tensor:
-    """Return sum and sum of squares of each of the model's tensors, ``(P, 2)`` float64."""
-    tensors = [tensor.detach().cpu().double() for tensor in model.state_dict().values()]
-    return torch.tensor([[float(tensor.sum()), float(tensor.square().sum())] for tensor in tensors]).double()

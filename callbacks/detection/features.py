@@ -3,6 +3,7 @@
 import difflib
 from typing import NamedTuple
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -48,7 +49,6 @@ def pooled(features: Tensor) -> Tensor:
         ValueError: If the shape is none of these.
 
     Example:
-        >>> import torch
         >>> pooled(torch.ones(2, 3, 4, 4)).shape
         torch.Size([2, 3])
     """
@@ -77,7 +77,6 @@ class FeatureTap:
         MisconfigurationException: If there is no such module.
 
     Example:
-        >>> import torch
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> tap = FeatureTap(model)
         >>> tap.open()
@@ -100,6 +99,7 @@ class FeatureTap:
         self._whole: Tensor | None = None
         self._layer_output: Tensor | None = None
         self._taken: Features | None = None
+        self._passes = self._wholes = 0
 
     @property
     def is_open(self) -> bool:
@@ -139,7 +139,8 @@ class FeatureTap:
             count: Images of the batch.
 
         Raises:
-            MisconfigurationException: If the pass did not show them; the message says how to name a layer.
+            MisconfigurationException: If the pass did not show them, and the message says how to name a layer; or if
+                there was more than one.
         """
         if self._taken is None:
             self._taken = self._read(count)
@@ -150,10 +151,18 @@ class FeatureTap:
         self._forget()
 
     def _read(self, count: int) -> Features:
+        if max(self._passes, self._wholes) > 1:
+            raise MisconfigurationException(
+                "The model ran several times in this step, so that it is not known whose features count. Detectors need"
+                " a step that calls the model once, on the whole batch; callbacks that run it too have to stand behind"
+                " them."
+            )
         if not self._located:
             self._locate()
         seen = self._layer_output if self._named is not None else self._input
-        logits = self._output if self._head is not None else self._whole
+        logits = self._whole if self._head is None or self._named is not None else self._output
+        if logits is None:
+            logits = self._output
         if seen is None:
             raise MisconfigurationException(self._explain())
         if logits is None or logits.ndim != 2:
@@ -175,12 +184,24 @@ class FeatureTap:
         """From the first pass on, only the last linear layer matters."""
         if self._layer_output is None and self._input is None and self._whole is None:
             return
+        self._check_head()
         self._located = True
         if self.is_open:
             kept = self._input, self._output, self._whole, self._layer_output
             self.close()
             self.open()
             self._input, self._output, self._whole, self._layer_output = kept
+
+    def _check_head(self) -> None:
+        """Refuse a last linear layer that does not make the model's logits."""
+        whole, output = self._whole, self._output
+        if self._named is not None or whole is None or output is None or whole.ndim != 2:
+            return
+        if whole.shape != output.shape or not _same_logits(output.detach().double(), whole.detach().double()):
+            raise MisconfigurationException(
+                f"The linear layer that ran last in `{type(self._model).__name__}` does not make its output, so that"
+                " it is not known what its features are. Name the layer that gives them: `layer=...`."
+            )
 
     def _explain(self) -> str:
         if self._named is not None:
@@ -197,17 +218,23 @@ class FeatureTap:
 
     def _forget(self) -> None:
         self._input = self._output = self._whole = self._layer_output = self._taken = None
+        self._passes = self._wholes = 0
 
     def _note_linear(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not inputs or output.ndim != 2:
             return
         assert isinstance(module, nn.Linear)
         if not self._located:
+            # In the first pass those before the last are the network's body.
+            self._passes = self._passes + 1 if module is self._head else 1
             self._head = module
+        else:
+            self._passes += 1
         self._input, self._output, self._taken = inputs[0], output, None
 
     def _note_whole(self, _module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
+            self._wholes += 1
             self._whole, self._taken = output, None
 
     def _note_layer(self, _module: nn.Module, _inputs: object, output: object) -> None:
@@ -228,3 +255,17 @@ def _find(model: nn.Module, layer: str) -> nn.Module:
         raise MisconfigurationException(f"`{type(model).__name__}` has no layer `{layer}`.{guess}")
     found: nn.Module = modules[layer]
     return found
+
+
+def _same_logits(first: Tensor, second: Tensor) -> bool:
+    """Return whether the second are the first, or their (log) softmax, or all of them times one number."""
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+    factor = (first * second).sum() / first.square().sum().clamp_min(1e-12)
+    return (
+        close(first.log_softmax(dim=1), second.log_softmax(dim=1))
+        or close(first.softmax(dim=1), second)
+        or (bool(factor > 0) and close(factor * first, second))
+    )

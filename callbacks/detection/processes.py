@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, distributed
 
-__all__ = ("gather_over_processes", "sum_over_processes")
+__all__ = ("gather_over_processes", "share_of_process", "sum_over_processes")
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -36,6 +36,21 @@ def gather_over_processes(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)]).to(rows.dtype)
+
+
+def share_of_process(rows: Tensor, count: int, device: torch.device) -> Tensor:
+    """Return this process's part of what :func:`gather_over_processes` joined.
+
+    Args:
+        rows: ``(N, ...)``, of all processes.
+        count: Number of rows of this process.
+        device: Where processes exchange tensors.
+    """
+    if not _distributed():
+        return rows
+    counts = gather_over_processes(torch.tensor([count], device=device)).tolist()
+    start = sum(counts[: distributed.get_rank()])
+    return rows[start : start + count]
 
 
 def _distributed() -> bool:

@@ -1,7 +1,7 @@
 """Fitting and scoring with several detectors, on one forward pass for all that look at features."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bd.callbacks.detection.base import DatasetDetector, Detector, FeatureDetector, InputDetector
 from lightning_bd.callbacks.detection.features import Features, FeatureTap
+from lightning_bd.callbacks.detection.processes import gather_over_processes, share_of_process
 from lightning_bd.functional.modes import mode
 
 __all__ = ("Batches", "ScoringSession", "SetScores")
@@ -81,9 +82,12 @@ class ScoringSession:
         self._context = forward_context
         self._on_failure = on_failure
         self._every = every
-        self._taps = {layer: FeatureTap(model, layer) for layer in dict.fromkeys(d.layer for d in detectors)}
         self._rows: dict[int, _Rows] = {}
-        for detector in detectors:
+        self._taps: dict[str | None, FeatureTap] = {}
+        for layer in dict.fromkeys(d.layer for d in detectors):
+            with self._failing(layer):
+                self._taps[layer] = FeatureTap(model, layer)
+        for detector in self._detectors:
             if detector.uses_head and not detector.needs_fit:
                 detector.forget()  # of a model's head, which costs nothing to read again
 
@@ -92,15 +96,20 @@ class ScoringSession:
         """Those that have not failed."""
         return tuple(self._detectors)
 
-    def fit(self, batches: Callable[[Iterable[Any] | None], Batches]) -> None:
-        """Fit those detectors that need it and have not been fitted to the model's present weights.
+    def fit(self, batches: Callable[[Iterable[Any] | None], Batches], origin: object = None) -> None:
+        """Fit those detectors that need it and have not been fitted to the model's present weights on the same data.
 
         Those with the same data share one pass.
 
         Args:
             batches: Given a detector's ``dataloader``, returns its batches on the model's device.
+            origin: Where the data come from if a detector has no ``dataloader``.
         """
-        waiting = [d for d in self._detectors if d.needs_fit and not (d.fitted and d.knows(self._model))]
+
+        def source_of(detector: Detector) -> object:
+            return origin if detector.dataloader is None else detector.dataloader
+
+        waiting = [d for d in self._detectors if d.needs_fit and not d.knows(self._model, source_of(d))]
         features = [d for d in waiting if isinstance(d, FeatureDetector)]
         for source in {id(d.dataloader): d.dataloader for d in features}.values():
             self._fit_features([d for d in features if d.dataloader is source], batches(source))
@@ -108,7 +117,7 @@ class ScoringSession:
             if isinstance(detector, InputDetector):
                 self._attempt(detector, partial(self._fit_input, detector, batches))
         for detector in waiting:
-            detector.note_weights(self._model)
+            detector.note_fit(self._model, source_of(detector))
 
     def open(self) -> None:
         """Start to look at the model's forward passes."""
@@ -143,16 +152,17 @@ class ScoringSession:
             index: ``(B,)``, positions in the data set; counted if not given.
             poisoned: ``(B,)`` bool, if known.
         """
-        rows = self._rows.setdefault(number, _Rows())
         # All are read before any detector runs the model again.
-        seen = {layer: tap.take(len(images)) for layer, tap in self._taps.items()}
-        first = next(iter(seen.values()))
+        seen = self._seen(len(images))
+        if not self._detectors:
+            return
+        rows = self._rows.setdefault(number, _Rows())
         if index is None:
             rank, processes = self._every
             index = torch.arange(rows.count, rows.count + len(images)) * processes + rank
         rows.index.append(index.cpu())
         rows.label.append(labels.cpu())
-        rows.prediction.append(first.logits.argmax(dim=1).cpu())
+        rows.prediction.append(next(iter(seen.values())).logits.argmax(dim=1).cpu())
         if poisoned is not None:
             rows.poisoned.append(poisoned.cpu())
         for layer in {d.layer for d in self._detectors if isinstance(d, DatasetDetector)}:
@@ -166,19 +176,31 @@ class ScoringSession:
                 self._attempt(detector, partial(self._score, detector, rows, seen[detector.layer], images))
         self.open()
 
-    def results(self) -> dict[Detector, dict[int, SetScores]]:
-        """Return the scores of each detector that has not failed, by the number of the set."""
-        found: dict[Detector, dict[int, SetScores]] = {}
-        for number, rows in self._rows.items():
-            common = (torch.cat(rows.index), torch.cat(rows.label), torch.cat(rows.prediction))
-            poisoned = torch.cat(rows.poisoned) if rows.poisoned else None
-            for detector in tuple(self._detectors):
-                if isinstance(detector, DatasetDetector):
-                    self._attempt(detector, partial(self._score_set, detector, rows, common[1]))
-            for detector in self._detectors:
-                scores = torch.cat(rows.scores[detector])
-                found.setdefault(detector, {})[number] = SetScores(*common, poisoned, scores)
-        return {detector: sets for detector, sets in found.items() if detector in self._detectors}
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of the sets that have had an image."""
+        return list(self._rows)
+
+    def result(self, number: int) -> dict[Detector, SetScores]:
+        """Return each detector's scores of one set, and forget the set.
+
+        Detectors of whole data sets score it now, the images of all processes together; all processes call it.
+
+        Args:
+            number: Which set.
+        """
+        if number not in self._rows:
+            return {}
+        rows = self._rows.pop(number)
+        index, label, prediction = torch.cat(rows.index), torch.cat(rows.label), torch.cat(rows.prediction)
+        poisoned = torch.cat(rows.poisoned) if rows.poisoned else None
+        for detector in tuple(self._detectors):
+            if isinstance(detector, DatasetDetector):
+                self._attempt(detector, partial(self._score_set, detector, rows, label))
+        return {
+            detector: SetScores(index, label, prediction, poisoned, torch.cat(rows.scores[detector]))
+            for detector in self._detectors
+        }
 
     def run(
         self, number: int, batch: Sequence[Tensor], index: Tensor | None = None, poisoned: Tensor | None = None
@@ -209,19 +231,18 @@ class ScoringSession:
                     self.skip()
                     with self._context():
                         self._model(images)
-                    seen = {d.layer: self._taps[d.layer].take(len(images)) for d in detectors}
+                    seen = self._seen(len(images))
                     if not started:
                         for d in detectors:
-                            self._attempt(d, partial(d.begin_fit, self._taps[d.layer].head))
+                            if d in self._detectors:
+                                self._attempt(d, partial(d.begin_fit, self._taps[d.layer].head))
                         started = True
                     for d in detectors:
                         if d in self._detectors:
                             self._attempt(d, partial(d.update_fit, *seen[d.layer], labels))
             for d in detectors:
-                if not started:
-                    self._attempt(d, _no_data)
-                elif d in self._detectors:
-                    self._attempt(d, d.finish_fit)
+                if d in self._detectors:
+                    self._attempt(d, d.finish_fit if started else _no_data)
         finally:
             self.close()
 
@@ -239,15 +260,35 @@ class ScoringSession:
             assert isinstance(detector, InputDetector)
             with self._context():
                 scores = detector.score(self._model, images)
-        if scores.shape != (len(images),) or not bool(scores.isfinite().all()):
-            raise ValueError(
-                f"`{type(detector).__name__}` gave scores of shape {tuple(scores.shape)} for {len(images)} images, or"
-                " some that are not finite."
-            )
-        rows.scores.setdefault(detector, []).append(scores.cpu())
+        rows.scores.setdefault(detector, []).append(_checked(detector, scores, len(images)))
 
     def _score_set(self, detector: DatasetDetector, rows: _Rows, labels: Tensor) -> None:
-        rows.scores[detector] = [detector.score(torch.cat(rows.features[detector.layer]), labels).cpu()]
+        device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
+        features = torch.cat(rows.features[detector.layer])
+        everything = gather_over_processes(features.to(device)).cpu()
+        scores = detector.score(everything, gather_over_processes(labels.to(device)).cpu())
+        scores = _checked(detector, scores, len(everything))
+        rows.scores[detector] = [share_of_process(scores, len(labels), device)]
+
+    def _seen(self, count: int) -> dict[str | None, Features]:
+        """Read the taps; where that fails, the detectors of the layer fail."""
+        seen = {}
+        for layer, tap in self._taps.items():
+            if any(d.layer == layer for d in self._detectors):
+                with self._failing(layer):
+                    seen[layer] = tap.take(count)
+        return seen
+
+    @contextmanager
+    def _failing(self, layer: str | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._on_failure is None:
+                raise
+            for detector in [d for d in self._detectors if d.layer == layer]:
+                self._detectors.remove(detector)
+                self._on_failure(detector, error)
 
     def _attempt(self, detector: Detector, work: Callable[[], object]) -> None:
         try:
@@ -257,6 +298,15 @@ class ScoringSession:
                 raise
             self._detectors.remove(detector)
             self._on_failure(detector, error)
+
+
+def _checked(detector: Detector, scores: Tensor, count: int) -> Tensor:
+    if scores.shape != (count,) or not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"`{type(detector).__name__}` gave scores of shape {tuple(scores.shape)} for {count} images, or some that"
+            " are not finite."
+        )
+    return scores.cpu()
 
 
 def _no_data() -> None:

@@ -43,7 +43,7 @@ def expand_arguments(args: list[str]) -> list[str]:
         option, equals, _ = argument.partition("=")
         if not argument.startswith("-"):
             positionals.append(argument)
-        elif equals or argument in _FLAGS or not rest:
+        elif equals or argument in _FLAGS or not rest or rest[0].startswith("--"):
             named.append(argument)
         elif option in _LISTS:
             values = []

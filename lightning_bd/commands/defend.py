@@ -1,20 +1,17 @@
 """``lightning-bd defend``: run defenses on one checkpoint and compare what they do."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_bd.config_files import ConfigError, named_files, read_mapping, shipped_configs
 from lightning_bd.phase import Phase, check_phase
 
-__all__ = ("UNDEFENDED", "DefenseFailedError", "load_defenses", "plan_phases", "shipped_defenses", "weights_sha256")
+__all__ = ("UNDEFENDED", "DefenseFailedError", "load_defenses", "plan_phases", "shipped_defenses")
 
 #: The row of the checkpoint as it is.
 UNDEFENDED = "none"
@@ -74,20 +71,6 @@ def plan_phases(defenses: Mapping[str, Phase], split: str, batch_size: int | Non
                 " or use `split: defend`."
             )
     return phases
-
-
-def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 hex digest of weights, of their names, shapes, dtypes and values.
-
-    Args:
-        state_dict: Name -> tensor on the CPU.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass

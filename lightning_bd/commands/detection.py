@@ -1,16 +1,18 @@
 """The commands that look for suspicious images, as methods of a Trainer."""
 
+import hashlib
 import re
+import sys
 from pathlib import Path
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.table import Table
 
 from lightning_bd.callbacks.detection.score_table import write_scores
 from lightning_bd.commands.checkpoints import named_after, own_data, take_over
-from lightning_bd.commands.defend import weights_sha256
 from lightning_bd.commands.detectors import load_detectors
 from lightning_bd.commands.score import (
     CLEAN,
@@ -26,6 +28,7 @@ from lightning_bd.commands.suspicious import draw_explanations, draw_suspicious
 from lightning_bd.datamodules import ImageDataModule, PhaseData, ood_loader, write_excluded
 from lightning_bd.datamodules.loader import BatchLoader
 from lightning_bd.description import describe
+from lightning_bd.functional.digest import weights_sha256
 from lightning_bd.phase import INIT
 from lightning_bd.phase_measurement import copy_state
 from lightning_bd.phase_setup import data_of
@@ -87,6 +90,8 @@ class DetectionTrainer(MultiPhaseTrainer):
             sets[name] = ood_loader(data, Path(folder), name)
         asked = {name: d for name, d in chosen.items() if train or (train is None and not d.compares_sets)}
         whole = self._training_images(data, Path(ckpt_path)) if asked else None
+        if whole is not None and train:
+            _warn_of_overlap(data, split, whole)
         with threads(self.num_threads):
             scores = scoring.run(chosen, sets)
             if whole is not None:
@@ -132,9 +137,10 @@ class DetectionTrainer(MultiPhaseTrainer):
         if len(chosen) != 1:
             raise MisconfigurationException(f"`filter` takes one detector, but got {', '.join(chosen)}.")
         ((name, found),) = chosen.items()
-        scoring, root = self._scoring(model, data, Path(ckpt_path), split, 1)
+        scoring, root = self._scoring(model, data, Path(ckpt_path), split, sys.maxsize)
         whole = self._training_images(data, Path(ckpt_path), fixed=True)
         assert whole is not None
+        _warn_of_overlap(data, split, whole)
         with threads(self.num_threads):
             scores = scoring.run({name: found}, {TRAIN: whole})
         _raise_failures(scoring)
@@ -142,14 +148,17 @@ class DetectionTrainer(MultiPhaseTrainer):
         order = known.score.argsort(descending=True, stable=True)
         dropped = order[: len(order) - max(1, round(keep * len(order)))]
         path = Path(output) if output is not None else root / f"exclude_{name}.json"
-        write_excluded(path, data.fingerprint(), known.index[dropped].tolist(), name, keep)
+        # Those of before stay out: they are in no split of this data.
+        excluded = [*data.excluded.tolist(), *known.index[dropped].tolist()]
+        write_excluded(path, data.fingerprint(), excluded, name, keep)
+        before = f", beside the {len(data.excluded)} that were before" if len(data.excluded) else ""
         found_text = ""
         if known.poisoned is not None and bool(known.poisoned.any()):
             hit, total = int(known.poisoned[dropped].sum()), int(known.poisoned.sum())
             # For whoever knows the attack; the detector did not.
             found_text = f" Among them are {hit} of the {total} poisoned ones."
         wide_console().print(
-            f"{len(dropped)} of {len(order)} training images are left out by {path}.{found_text}\n"
+            f"{len(dropped)} of {len(order)} training images are left out by {path}{before}.{found_text}\n"
             f"Train again with `--data.exclude {path}` and another `--trainer.default_root_dir`.",
             soft_wrap=True, markup=False, highlight=False,
         )  # fmt: skip
@@ -164,11 +173,14 @@ class DetectionTrainer(MultiPhaseTrainer):
         root = Path(self.default_root_dir) / "score" / named_after(path)
         if self.fresh:
             RunFolder(root, [], marker="score.json").rename_old()
-        poison = data.poison
+        poison, precision = data.poison, self.precision_plugin.precision
         facts = {
+            "model": describe(model),
+            "precision": str(precision),
             "weights_sha256": weights_sha256(copy_state(model)),
             "data_sha256": data.fingerprint(),
             "fitted_on": split,
+            "fit_images_sha256": hashlib.sha256(data.positions((split,)).numpy().tobytes()).hexdigest(),
             "poison": describe(poison),
             "trigger_sha256": None if poison is None else weights_sha256(poison.trigger.state_dict()),
         }
@@ -225,6 +237,14 @@ class DetectionTrainer(MultiPhaseTrainer):
 
 def _cell(row: dict[str, str] | None) -> str:
     return "" if row is None else f"{100 * float(row['auroc']):.1f} / {100 * float(row['fpr95_out']):.1f}"
+
+
+def _warn_of_overlap(data: ImageDataModule, split: str, training: BatchLoader) -> None:
+    if bool(torch.isin(data.positions((split,)), training.positions).any()):
+        rank_zero_warn(
+            f"The images of split `{split}`, which detectors are fitted on, are among the training images that are"
+            " scored, there perhaps poisoned. A defender has other clean images: give another `--split`."
+        )
 
 
 def _raise_failures(scoring: Scoring) -> None:

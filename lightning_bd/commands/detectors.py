@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lightning_bd.callbacks.detection.base import Detector
+from lightning_bd.callbacks.detection.score_table import COLUMNS
 from lightning_bd.config_files import ConfigError, named_files, read_mapping, shipped_configs
 
 __all__ = ("load_detectors", "shipped_detectors")
@@ -31,7 +32,11 @@ def load_detectors(wanted: str | Sequence[str]) -> dict[str, Detector]:
     Raises:
         ConfigError: If a detector does not exist, is named twice, or its file is none.
     """
-    return {name: _read(path) for name, path in named_files(wanted, shipped_detectors(), "detector").items()}
+    files = named_files(wanted, shipped_detectors(), "detector")
+    for name in files:
+        if name in COLUMNS or name.startswith("."):
+            raise ConfigError(f"A detector cannot be called `{name}`, as a column of the scores is: rename the file.")
+    return {name: _read(path) for name, path in files.items()}
 
 
 @dataclass

@@ -101,7 +101,7 @@ class Scoring:
         shared = {name: d for name, d in shared.items() if any(place[0] == name for place in waiting)}
         self._score_shared(shared, sets, keys)
         for name, detector in detectors.items():
-            if isinstance(detector, InputDetector):
+            if isinstance(detector, InputDetector) and name not in self.failures:
                 missing = {each: sets[each] for each in sets if (name, each) in waiting}
                 if missing:
                     self._score_input(name, detector, missing, keys)
@@ -150,7 +150,6 @@ class Scoring:
     ) -> None:
         if not detectors:
             return
-        numbers = {each: number for number, each in enumerate(sets)}
         plain = [d for d in detectors.values() if not isinstance(d, DatasetDetector)]
         on_train = list(detectors.values())
         names = {id(detector): name for name, detector in detectors.items()}
@@ -162,13 +161,10 @@ class Scoring:
                 continue
             session = self._session([d for d in group if names[id(d)] not in self.failures], names)
             self._fit(session)
-            for each, loader in chosen.items():
-                for raw, images, labels, flags in self.batches(loader, each):
-                    session.run(numbers[each], (images, labels), raw.indices, _flags(each, flags))
-            for detector, of_sets in session.results().items():
-                for each in chosen:
-                    name = names[id(detector)]
-                    self._keep(name, each, of_sets[numbers[each]], keys[name, each])
+            for number, (each, loader) in enumerate(chosen.items()):
+                self._pass(session, number, each, loader, each)
+                for detector, scores in session.result(number).items():
+                    self._keep(names[id(detector)], each, scores, keys[names[id(detector)], each])
 
     def _score_input(
         self, name: str, detector: InputDetector, sets: Mapping[str, BatchLoader], keys: Mapping[tuple[str, str], str]
@@ -177,12 +173,17 @@ class Scoring:
         start = time.perf_counter()
         self._fit(session)
         for number, (each, loader) in enumerate(sets.items()):
-            for raw, images, labels, flags in self.batches(self._limited(each, loader), f"{name}: {each}"):
-                if session.detectors:
-                    session.run(number, (images, labels), raw.indices, _flags(each, flags))
-            for of_sets in session.results().values():
-                self._keep(name, each, of_sets[number], keys[name, each])
+            self._pass(session, number, each, self._limited(loader), f"{name}: {each}")
+            for scores in session.result(number).values():
+                self._keep(name, each, scores, keys[name, each])
         rank_zero_info(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    def _pass(self, session: ScoringSession, number: int, each: str, loader: BatchLoader, title: str) -> None:
+        if not session.detectors:
+            return
+        for raw, images, labels, flags in self.batches(loader, title):
+            if session.detectors:
+                session.run(number, (images, labels), raw.indices, _flags(each, flags))
 
     def _session(self, detectors: Sequence[Detector], names: Mapping[int, str]) -> ScoringSession:
         def fail(detector: Detector, error: Exception) -> None:
@@ -198,10 +199,10 @@ class Scoring:
             for _, images, labels, _ in self.batches(self.datamodule.clean_fit_dataloader(), "fit"):
                 yield images, labels
 
-        session.fit(batches)
+        session.fit(batches, origin=self.datamodule)
 
-    def _limited(self, each: str, loader: BatchLoader) -> BatchLoader:
-        if each == TRAIN or len(loader.positions) <= self.max_images:
+    def _limited(self, loader: BatchLoader) -> BatchLoader:
+        if len(loader.positions) <= self.max_images:
             return loader
         # Spread evenly over the set.
         chosen = torch.linspace(0, len(loader.positions) - 1, self.max_images).round().long()
@@ -209,17 +210,22 @@ class Scoring:
 
     def _key(self, name: str, detector: Detector, each: str, loader: BatchLoader) -> str:
         options = describe({key: value for key, value in vars(detector).items() if key[0] != "_" and key not in _STATE})
-        limit = self.max_images if isinstance(detector, InputDetector) and each != TRAIN else None
+        limit = min(self.max_images, len(loader.positions)) if isinstance(detector, InputDetector) else None
         positions = hashlib.sha256(loader.positions.numpy().tobytes()).hexdigest()
         content = [name, type(detector).__qualname__, options, each, positions, loader.images.fingerprint(), limit]
         return hashlib.sha256(json.dumps([content, dict(self.facts)]).encode()).hexdigest()
 
     def _part(self, name: str, each: str) -> Path:
-        return self.folder / "parts" / f"{name}--{each}.parquet"
+        return self.folder / "parts" / name / f"{each}.parquet"
 
     def _key_of(self, name: str, each: str) -> str | None:
         file = self._part(name, each).with_suffix(".json")
-        return str(json.loads(file.read_text())["key"]) if file.is_file() and self._part(name, each).is_file() else None
+        if not (file.is_file() and self._part(name, each).is_file()):
+            return None
+        try:
+            return str(json.loads(file.read_text(encoding="utf-8"))["key"])
+        except (ValueError, KeyError, TypeError):
+            return None  # and so it is scored again
 
     def _keep(self, name: str, each: str, scores: SetScores, key: str) -> None:
         file = self._part(name, each)

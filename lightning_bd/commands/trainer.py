@@ -15,12 +15,12 @@ from lightning_bd.commands.defend import (
     DefenseFailedError,
     load_defenses,
     plan_phases,
-    weights_sha256,
 )
 from lightning_bd.commands.detection import DetectionTrainer
 from lightning_bd.commands.interpolate import interpolate
 from lightning_bd.commands.landscape import landscape
 from lightning_bd.commands.sharpness import sharpness
+from lightning_bd.functional.digest import weights_sha256
 from lightning_bd.phase_measurement import copy_state
 from lightning_bd.phase_run import PhaseRun, is_first_process
 from lightning_bd.quiet import threads

@@ -88,10 +88,10 @@ def test_a_checkpoint_is_scored(lightning_bd: Command, static_run: Path, tmp_pat
             assert picture.size[0] > 100
     assert "energy" in done.out
     # A second call scores only what is new.
-    before = (folder / "parts" / "odin--clean.parquet").stat().st_mtime_ns
+    before = (folder / "parts" / "odin" / "clean.parquet").stat().st_mtime_ns
     again = lightning_bd(*given, "--detectors", "odin", "msp")
     assert again.status == 0, again.err
-    assert (folder / "parts" / "odin--clean.parquet").stat().st_mtime_ns == before
+    assert (folder / "parts" / "odin" / "clean.parquet").stat().st_mtime_ns == before
     assert pq.read_table(folder / "scores.parquet").column_names[-2:] == ["odin", "msp"]
 
 
@@ -101,23 +101,58 @@ def test_a_detector_that_fails_does_not_lose_the_others(
     (tmp_path / "greedy.yaml").write_text(
         "class_path: lightning_bd.callbacks.KNearestNeighbors\ninit_args: {k: 100000}\n"
     )
-    with pytest.warns(UserWarning, match="The detector `greedy` failed"):
-        done = lightning_bd(
-            "score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--detectors", "greedy.yaml", "msp",
-            "--trainer.default_root_dir", tmp_path / "out",
-        )  # fmt: skip
-    assert done.status == 1
-    assert "These detectors failed" in done.err
-    assert "`greedy`" in done.err
-    assert [row["detector"] for row in rows(tmp_path / "out/score/00_inject/detection.csv")] == ["msp"]
+    (tmp_path / "lost.yaml").write_text("class_path: lightning_bd.callbacks.MaxLogit\ninit_args: {layer: encodr}\n")
+    given = ("score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--max_images", 10, "--train", "true",
+             "--trainer.default_root_dir", tmp_path / "out")  # fmt: skip
+    for wanted, kept in ((("greedy.yaml", "lost.yaml", "msp"), ["msp"]), (("greedy.yaml", "odin"), ["odin"])):
+        with pytest.warns(UserWarning, match=r"The detector `\w+` failed"):
+            done = lightning_bd(*given, "--detectors", *wanted)
+        assert done.status == 1
+        assert "These detectors failed" in done.err
+        for name in {"greedy", "lost"} & {each.partition(".")[0] for each in wanted}:
+            assert f"`{name}`" in done.err
+        assert sorted({row["detector"] for row in rows(tmp_path / "out/score/00_inject/detection.csv")}) == kept
+    # ODIN runs the model on changed images: as many of the training images too.
+    table = pq.read_table(tmp_path / "out/score/00_inject/parts/odin/train.parquet")
+    assert table.num_rows == 10
 
 
+@pytest.mark.slow
+def test_sets_before_a_broken_one_are_kept(lightning_bd: Command, static_run: Path, tmp_path: Path) -> None:
+    bad = folder_of_images(tmp_path / "bad")
+    (bad / "a.png").write_text("no image")
+    (bad / "folder.png").mkdir()
+    given = ("score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--detectors", "msp",
+             "--trainer.default_root_dir", tmp_path / "out")  # fmt: skip
+    done = lightning_bd(*given, "--ood.bad", bad)
+    done.check_refused(["Cannot read the image", "a.png"])
+    parts = tmp_path / "out/score/00_inject/parts/msp"
+    assert sorted(path.name for path in parts.glob("*.parquet")) == ["clean.parquet", "poisoned.parquet"]
+    (bad / "a.png").unlink()
+    assert lightning_bd(*given, "--ood.bad", bad).status == 0
+    # Other images in a folder of the same name are scored anew.
+    before = pq.read_table(parts / "bad.parquet")["msp"].to_pylist()
+    for number in range(6):
+        Image.fromarray(np.full((9, 9, 3), 40 * number, dtype=np.uint8)).save(bad / f"{number}.png")
+    assert lightning_bd(*given, "--ood.bad", bad).status == 0
+    assert pq.read_table(parts / "bad.parquet")["msp"].to_pylist() != before
+
+
+@pytest.mark.slow
 def test_scores_of_another_data_set_are_refused(lightning_bd: Command, static_run: Path, tmp_path: Path) -> None:
     given = ("score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--detectors", "msp",
              "--trainer.default_root_dir", tmp_path / "out")  # fmt: skip
     assert lightning_bd(*given).status == 0
-    other = lightning_bd(*given, "--data.subset", 200)
-    other.check_refused(["scores in", "data_sha256", "--fresh"])
+    config = static_run / "config.yaml"
+    for changed, word in (
+        (("--data.subset", 200), "data_sha256"),
+        (("--data.splits", "{inject: 0.5, consolidate: 0.2, defend: 0.3}"), "fit_images_sha256"),
+        (("--data.exclude", "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"), "fit_images_sha256"),
+        (("--config", config, "--model.normalize", "{mean: [0.5], std: [0.1]}"), "model."),
+        (("--trainer.precision", "bf16-mixed"), "precision"),
+    ):
+        other = lightning_bd(*given, *changed)
+        other.check_refused(["scores in", word, "--fresh"])
     fresh = lightning_bd(*given, "--data.subset", 200, "--fresh")
     assert fresh.status == 0, fresh.err
     assert len(list((tmp_path / "out" / "score").iterdir())) == 2
@@ -129,6 +164,8 @@ def test_scores_of_another_data_set_are_refused(lightning_bd: Command, static_ru
         (("--detectors", "enrgy"), ["no detector `enrgy`", "Did you mean `energy`?"]),
         (("--detectors", "msp,msp"), ["The detector `msp` is named twice"]),
         (("--detectors", "mine.yaml"), ["no file `mine.yaml` with a detector"]),
+        (("--detectors", "label.yaml"), ["A detector cannot be called `label`"]),
+        (("--detectors", "msp", "--train", "--split", "defend"), ["--train"]),
         (("--detectors", "msp", "--ood.far", "nowhere"), ["There is no folder", "nowhere"]),
         (("--detectors", "msp", "--ood.clean", "."), ["`clean` cannot be the name of a set"]),
         (("--detectors", "msp", "--max_images", 0), ["`max_images` to be a positive integer, but got 0"]),
@@ -138,6 +175,7 @@ def test_scores_of_another_data_set_are_refused(lightning_bd: Command, static_ru
 def test_what_cannot_be_scored(
     lightning_bd: Command, static_run: Path, tmp_path: Path, arguments: tuple[str, ...], words: list[str]
 ) -> None:
+    (tmp_path / "label.yaml").write_text("class_path: lightning_bd.callbacks.MaxLogit\n")
     lightning_bd(
         "score", "--ckpt_path", static_run / "00_inject" / "final.ckpt", "--trainer.default_root_dir", tmp_path / "out",
         *arguments,
@@ -156,7 +194,7 @@ def test_suspicious_images_are_left_out_and_the_model_trained_again(
     content = json.loads(file.read_text())
     # A fifth of the 180 images of the poisoned phase's split.
     assert len(content["excluded"]) == 36
-    scored = pq.read_table(tmp_path / "out/score/01_consolidate/parts/spectral--train.parquet").to_pydict()
+    scored = pq.read_table(tmp_path / "out/score/01_consolidate/parts/spectral/train.parquet").to_pydict()
     order = np.argsort(-np.array(scored["spectral"]), kind="stable")[:36]
     assert sorted(np.array(scored["index"])[order].tolist()) == content["excluded"]
     hits = int(np.array(scored["positive"])[order].sum())
@@ -173,6 +211,17 @@ def test_suspicious_images_are_left_out_and_the_model_trained_again(
     left = set(before.tolist()) - set(content["excluded"])
     assert set(after.tolist()) == left
     assert len(left) == 18 - hits
+    # What a second filter leaves out comes to that of the first.
+    second = tmp_path / "second.json"
+    more = lightning_bd(
+        "filter", "--ckpt_path", tmp_path / "cleaned" / "01_consolidate" / "final.ckpt", "--detector", "spectral",
+        "--keep", 0.9, "--output", second,
+    )  # fmt: skip
+    assert more.status == 0, more.err
+    both = json.loads(second.read_text())["excluded"]
+    assert set(content["excluded"]) < set(both)
+    assert len(both) == 36 + 14
+    assert "beside the 36 that were before" in more.out
 
 
 def test_what_cannot_be_filtered(lightning_bd: Command, trained: Path, static_run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """One of several processes: fits and scores its part of the data, and writes what it found."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
 
-from lightning_bd.callbacks import ClassTypicalMatching, KNearestNeighbors
+from lightning_bd.callbacks import ClassTypicalMatching, DatasetDetector, Detector, KNearestNeighbors
 
 
 class Model(LightningModule):
@@ -29,6 +27,16 @@ class Model(LightningModule):
         self(batch[0])
 
 
+class FromMean(DatasetDetector):
+    """Distance to the mean of all images."""
+
+    name = "from_mean"
+
+    def _score(self, features: Tensor, labels: Tensor) -> Tensor:
+        distances: Tensor = (features - features.mean(0)).norm(dim=1)
+        return distances
+
+
 def data(count: int, seed: int) -> TensorDataset:
     """Two classes in 4 dimensions."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,23 +46,19 @@ def data(count: int, seed: int) -> TensorDataset:
 
 def main(folder: Path, processes: int) -> None:
     """Test with two detectors."""
-    fit = data(40, 1)
-    if processes > 1:
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        sampler = DistributedSampler(fit, num_replicas=processes, rank=rank, shuffle=False)
-        loader = DataLoader(fit, batch_size=4, sampler=sampler)
-    else:
-        loader = DataLoader(fit, batch_size=4)
-    detectors = [
+    # No sampler: each process is to take its share all the same.
+    loader = DataLoader(data(40, 1), batch_size=4)
+    detectors: list[Detector] = [
         ClassTypicalMatching(dataloader=loader, only_correct=False),
         KNearestNeighbors(k=3, dataloader=loader),
+        FromMean(),
     ]
     trainer = Trainer(
         accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[*detectors],
     )  # fmt: skip
-    # An even number: a sampler would repeat an image.
-    sets = {"id": DataLoader(data(12, 2), batch_size=4), "far": DataLoader(data(8, 3), batch_size=4)}
+    # An odd number: a sampler repeats an image, which must not count twice.
+    sets = {"id": DataLoader(data(11, 2), batch_size=4), "far": DataLoader(data(8, 3), batch_size=4)}
     (logged, *_) = trainer.test(Model(), dataloaders=sets, verbose=False)
     if trainer.is_global_zero:
         scores = {d.name: {name: (s.index, s.score) for name, s in d.scores.items()} for d in detectors}

@@ -70,7 +70,7 @@ def test_every_pass_is_read_anew_and_nothing_stays_on_the_model() -> None:
         logits = model(torch.rand(count, 3, 2, 2))
         assert torch.equal(tap.take(count).logits, logits)
         # Only the head is listened to from the first pass on, and the whole model.
-        assert sum(len(module._forward_hooks) for module in model.modules()) == (2 if count else 0)
+        assert sum(len(module._forward_hooks) for module in model.modules()) == 2
     tap.close()
     tap.close()
     assert [len(module._forward_hooks) for module in model.modules()] == before
@@ -153,3 +153,76 @@ def test_pooling() -> None:
     torch.testing.assert_close(pooled(tokens), tokens.sum(1) / 6)
     with pytest.raises(ValueError, match=r"\(B, D\), \(B, C, H, W\) or \(B, N, D\), but got \(3,\)"):
         pooled(torch.rand(3))
+
+
+def test_several_passes_are_refused() -> None:
+    model, x = mlp(), torch.rand(2, 3, 2, 2)
+    tap = FeatureTap(model)
+    for _ in range(2):  # in the first pass, and when the head is known
+        tap.open()
+        tap.skip()
+        model(x)
+        model(torch.zeros_like(x))
+        with pytest.raises(MisconfigurationException, match="ran several times in this step"):
+            tap.take(2)
+        tap.skip()
+        model(x)
+        tap.take(2)
+
+
+class Gated(nn.Module):
+    """Its only linear layer is a gate; the classifier is a convolution."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.gate, self.classifier = nn.Linear(6, 6), nn.Conv2d(6, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x.mean(dim=(2, 3))).sigmoid()
+        logits: Tensor = self.classifier(x * gates[:, :, None, None]).mean(dim=(2, 3))
+        return logits
+
+
+@pytest.mark.parametrize("classes", [3, 6])
+def test_a_linear_layer_that_makes_no_logits_is_refused(classes: int) -> None:
+    model, x = Gated(classes), torch.rand(4, 6, 3, 3)
+    tap = FeatureTap(model)
+    tap.open()
+    model(x)
+    with pytest.raises(MisconfigurationException, match=r"does not make its output.*Name the layer"):
+        tap.take(4)
+    named = FeatureTap(model, "classifier")
+    named.open()
+    logits = model(x)
+    assert torch.equal(named.take(4).logits, logits)
+
+
+class Scaled(nn.Module):
+    """Does something to its logits."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.head = kind, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x)
+        return {"log_softmax": logits.log_softmax(1), "softmax": logits.softmax(1), "times": logits * 20}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["log_softmax", "softmax", "times"])
+def test_logits_are_those_before_a_softmax(kind: str) -> None:
+    model, x = Scaled(kind), torch.rand(4, 4)
+    tap = FeatureTap(model)
+    tap.open()
+    model(x)
+    assert torch.equal(tap.take(4).logits, model.head(x))
+
+
+def test_graphs_are_kept_on_request() -> None:
+    model, x = mlp(), torch.rand(2, 3, 2, 2, requires_grad=True)
+    tap = FeatureTap(model, detach=False)
+    tap.open()
+    model(x)
+    (gradient,) = torch.autograd.grad(tap.take(2).features.sum(), x)
+    assert bool(gradient.any())

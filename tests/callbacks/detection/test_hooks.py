@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bd.callbacks.detection.base import DatasetDetector, FeatureDetector, InputDetector
 from lightning_bd.callbacks.detection.features import Head
@@ -43,6 +43,10 @@ class Distance(FeatureDetector):
     def _score(self, features: Tensor, logits: Tensor) -> Tensor:
         distances: Tensor = (features - self.fitted["mean"]).norm(dim=1)
         return distances
+
+
+class Again(Distance):
+    """The same under another class."""
 
 
 class Largest(FeatureDetector):
@@ -150,7 +154,7 @@ def test_sets_have_the_names_of_a_dictionary_and_any_may_be_in_distribution(sets
 
 def test_detectors_share_one_pass(sets: dict[str, Loader]) -> None:
     model, fit = Foreign(), loader(30)
-    first, second = Distance(dataloader=fit), Distance(dataloader=fit, in_distribution="id")
+    first, second = Distance(dataloader=fit), Again(dataloader=fit)
     trainer(first, Largest(), second).test(model, dataloaders=sets, verbose=False)
     # Five batches to fit on, 3 + 3 + 4 to test.
     assert model.passes == 5 + 10
@@ -201,12 +205,13 @@ def test_nothing_stays_on_the_model_after_an_error_either(sets: dict[str, Loader
             if dataloader_idx == 1:
                 raise RuntimeError("the user's own error")
 
-    for model in (Foreign(), Breaks()):
-        try:
-            trainer(Largest(), Slope()).test(model, dataloaders=sets, verbose=False)
-        except RuntimeError as error:
-            assert str(error) == "the user's own error"  # noqa: PT017
-        assert hooks_on(model) == 0
+    model = Foreign()
+    trainer(Largest(), Slope()).test(model, dataloaders=sets, verbose=False)
+    assert hooks_on(model) == 0
+    broken = Breaks()
+    with pytest.raises(RuntimeError, match="the user's own error"):
+        trainer(Largest(), Slope()).test(broken, dataloaders=sets, verbose=False)
+    assert hooks_on(broken) == 0
 
 
 def test_what_was_fitted_travels_in_a_checkpoint(sets: dict[str, Loader], tmp_path: Path) -> None:
@@ -236,9 +241,10 @@ def test_other_weights_are_fitted_anew(sets: dict[str, Loader]) -> None:
 
 
 def test_two_of_one_kind_are_told_apart(sets: dict[str, Loader]) -> None:
-    logged = trainer(Largest(), Largest(in_distribution="far")).test(Foreign(), dataloaders=sets, verbose=False)[0]
-    assert "largest/near/auroc" in logged
-    assert "largest_2/near/auroc" in logged
+    pair = Distance(dataloader=loader(30)), Again(dataloader=loader(30), in_distribution="far")
+    logged = trainer(*pair).test(Foreign(), dataloaders=sets, verbose=False)[0]
+    assert "distance/far/auroc" in logged
+    assert "distance_2/id/auroc" in logged
     assert Largest(layer="encoder").state_key != Largest().state_key
 
 
@@ -297,10 +303,6 @@ class WithoutImages(Foreign):
         return
 
 
-def empty() -> Iterator[tuple[Tensor, Tensor]]:
-    return iter(())
-
-
 @pytest.mark.parametrize(
     ("detector", "model", "chosen", "message"),
     [
@@ -357,3 +359,128 @@ def test_unfitted_detectors_refuse_to_score() -> None:
         Largest().score(torch.rand(2), torch.rand(2, 3))
     with pytest.raises(ValueError, match="as many features as labels, and at least one, but got 2 and 3"):
         FromMean().score(torch.rand(2, 8), torch.zeros(3))
+
+
+def test_other_data_are_fitted_anew(sets: dict[str, Loader]) -> None:
+    detector = Distance(dataloader=loader(30))
+    tester, model = trainer(detector), Foreign()
+    tester.test(model, dataloaders=sets, verbose=False)
+    before = detector.fitted["mean"]
+    detector.dataloader = loader(40, seed=9)
+    tester.test(model, dataloaders=sets, verbose=False)
+    assert not torch.equal(before, detector.fitted["mean"])
+
+
+class Digits(Foreign):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder[1], self.head = nn.Linear(64, 8), nn.Linear(8, 10)
+
+
+def digits(count: int, shift: float) -> Loader:
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(count)) + shift
+    return DataLoader(TensorDataset(images, torch.arange(count) % 10), batch_size=7)
+
+
+def test_an_earlier_calls_datamodule_does_not_count() -> None:
+    data = DigitsDataModule(poison=Poison(BadNets(size=2)), subset=60, test_subset=50, batch_size=16)
+    detector = Distance()
+    tester, model = trainer(detector), Digits()
+    tester.test(model, datamodule=data, verbose=False)
+    with pytest.raises(MisconfigurationException, match="needs clean data to fit on"):
+        tester.test(model, dataloaders=[digits(20, 0), digits(20, 1)], verbose=False)
+    detector.dataloader = digits(30, 0)
+    logged = tester.test(model, dataloaders=[digits(20, 0), digits(20, 1)], verbose=False)[0]
+    assert "distance/set1/auroc" in logged
+    assert not any("poisoned" in key for key in logged)
+
+
+def test_a_loader_of_ones_own_beside_a_datamodule() -> None:
+    data = DigitsDataModule(poison=Poison(BadNets(size=2)), subset=60, test_subset=50, batch_size=16)
+    model, own = Digits().eval(), digits(30, 0)
+    detector = Distance(dataloader=own)
+    trainer(detector).test(model, datamodule=data, verbose=False)
+    with torch.no_grad():
+        expected = model.encoder(images_of(own)).double().mean(0)
+    torch.testing.assert_close(detector.fitted["mean"], expected, rtol=1e-6, atol=1e-7)
+    theirs = Distance(dataloader=data.clean_fit_dataloader())
+    trainer(theirs).test(model, datamodule=data, verbose=False)
+    assert not torch.equal(theirs.fitted["mean"], detector.fitted["mean"])
+
+
+def test_an_in_distribution_set_does_not_hinder_prediction_nor_loading(sets: dict[str, Loader]) -> None:
+    detector = Distance(dataloader=loader(30), in_distribution="id")
+    trainer(detector).predict(Foreign(), dataloaders=sets["far"])
+    assert detector.state_key == Distance().state_key
+
+
+def test_nested_loaders_have_nested_names(sets: dict[str, Loader]) -> None:
+    loaders = {"id": sets["id"], "ood": [sets["near"], sets["far"]]}
+    logged = trainer(Largest()).test(Foreign(), dataloaders=loaders, verbose=False)[0]
+    assert {key.rpartition("/")[0] for key in logged if key.startswith("largest")} == {"largest/ood/0", "largest/ood/1"}
+
+
+class Nothing(IterableDataset[tuple[Tensor, ...]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter(())
+
+
+def test_all_sets_empty() -> None:
+    nothing = DataLoader(Nothing())
+    with pytest.raises(MisconfigurationException, match="The test set `set0` has no image"):
+        trainer(Largest()).test(Foreign(), dataloaders=[nothing, nothing], verbose=False)
+
+
+def test_two_passes_in_a_step_are_refused(sets: dict[str, Loader]) -> None:
+    class Twice(Foreign):
+        def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self(batch[0])
+            self(torch.zeros_like(batch[0]))
+
+    with pytest.raises(MisconfigurationException, match="ran several times in this step"):
+        trainer(Largest()).test(Twice(), dataloaders=sets, verbose=False)
+
+
+class WithoutForward(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.net(batch[0])
+
+
+def test_a_module_without_forward_is_scored_but_not_fitted(sets: dict[str, Loader]) -> None:
+    model, detector = WithoutForward(), Largest()
+    trainer(detector).test(model, dataloaders=sets, verbose=False)
+    expected = -model.net(images_of(sets["far"])).detach().amax(dim=1)
+    torch.testing.assert_close(detector.scores["far"].score, expected)
+    for needy in (Distance(dataloader=loader(30)), Slope()):
+        with pytest.raises(MisconfigurationException, match="has no `forward`"):
+            trainer(needy).test(model, dataloaders=sets, verbose=False)
+
+
+def test_labels_that_are_none() -> None:
+    class Named(Foreign):
+        def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+            logits: Tensor = self(batch[0])
+            return logits
+
+    named: Any = DataLoader([(torch.rand(3, 2, 2), "a.png")] * 4, batch_size=2)  # type: ignore[arg-type]
+    detector = Largest()
+    trainer(detector).predict(Named(), dataloaders=named)
+    assert detector.scores["set0"].label.tolist() == [-1] * 4
+    with pytest.raises(MisconfigurationException, match="fitted on images and their labels"):
+        trainer(Distance(dataloader=named)).predict(Named(), dataloaders=named)
+
+
+class Odd(DatasetDetector):
+    name = "odd"
+
+    def _score(self, features: Tensor, labels: Tensor) -> Tensor:
+        return features[1:, 0]
+
+
+def test_scores_of_a_data_set_are_checked(sets: dict[str, Loader]) -> None:
+    with pytest.raises(ValueError, match=r"`Odd` gave scores of shape \(24,\) for 25 images"):
+        trainer(Odd()).predict(Foreign(), dataloaders=sets["far"])
