@@ -15,8 +15,9 @@ from torch import nn
 
 from lightning_bd.callbacks.defense import DefenderData, Defense, NotApplicableError, Report
 from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint
-from lightning_bd.commands.defend import load_defenses, plan_phases, shipped_defenses, weights_sha256
+from lightning_bd.commands.defend import load_defenses, plan_phases, shipped_defenses
 from lightning_bd.config_files import ConfigError
+from lightning_bd.functional.digest import weights_sha256
 
 Command = Callable[..., Any]
 

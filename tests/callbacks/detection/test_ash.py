@@ -125,7 +125,7 @@ def test_a_session_gives_it_the_head() -> None:
     session.close()
     with torch.no_grad():
         expected = energy_of_logits(model[3](shaped_activations(model[:3](images))))
-    torch.testing.assert_close(session.results()[detector][0].score, expected)
+    torch.testing.assert_close(session.result(0)[detector].score, expected)
 
 
 def test_saved_and_loaded() -> None:
