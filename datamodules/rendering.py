@@ -71,8 +71,9 @@ def _change(images: Tensor, raw: RawBatch, trigger: Trigger) -> Tensor:
     trigger.to(images.device)
     rows, parts = [], []
     if raw.poison_rows is not None and len(raw.poison_rows):
+        clean = _as_float(images.index_select(0, raw.poison_rows))
         rows.append(raw.poison_rows)
-        parts.append(_stored(trigger(_as_float(images.index_select(0, raw.poison_rows))), images.dtype))
+        parts.append(_stored(trigger.attack(clean) if raw.context.poison == "all" else trigger(clean), images.dtype))
     if raw.cover_rows is not None and len(raw.cover_rows):
         covered = _as_float(images.index_select(0, raw.cover_rows))
         # A fixed cover (static) has a seed per image, whatever batch it is in; a dynamic one has a seed per batch.

@@ -13,6 +13,7 @@ from lightning_bd.checkpointing import RECORD_KEY
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.loader import Place
 from lightning_bd.poisoning import Poison, PoisonManifest
+from lightning_bd.triggers import Trigger
 
 __all__ = ("evaluation_batches", "use_manifest_of", "write_predictions")
 
@@ -62,7 +63,8 @@ def use_manifest_of(
             )
         if found:
             return manifest
-    known = type(datamodule.poison.trigger) if datamodule.poison is not None else None
+    modules = datamodule.poison.trigger.modules() if datamodule.poison is not None else ()
+    known = tuple({type(module) for module in modules if isinstance(module, Trigger)})
     datamodule.replace_poison(
         Poison(
             manifest.build_trigger(known),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +16,15 @@ from lightning_bd import label_maps, triggers
 from lightning_bd.description import describe, differences
 from lightning_bd.label_maps import LabelMap
 from lightning_bd.triggers import Trigger
+from lightning_bd.triggers.composite import CompositeTrigger
 
 if TYPE_CHECKING:
     from lightning_bd.poisoning import Poison
 
 __all__ = ("PoisonManifest",)
+
+#: A hostile file must not use up Python's stack, when it is read or when its trigger is used.
+_MAX_DEPTH = 8
 
 Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
 
@@ -32,7 +36,7 @@ class PoisonManifest:
     Written next to every run (``manifest.json`` and ``manifest.safetensors``) and inside each of its checkpoints.
 
     Attributes:
-        trigger: ``{"class": name, "arguments": {...}}``.
+        trigger: ``{"class": name, "arguments": {...}}``; an argument that is a trigger is described the same way.
         image_shape: ``(C, H, W)`` that the trigger was built for.
         label_map: ``{"class": name, "arguments": {...}}``.
         rate: Share of poisoned images.
@@ -136,33 +140,29 @@ class PoisonManifest:
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise ValueError(f"Cannot read the poison manifest in {folder}: {error}") from error
 
-    def build_trigger(self, known: type[Trigger] | None = None) -> Trigger:
+    def build_trigger(self, known: type[Trigger] | tuple[type[Trigger], ...] | None = None) -> Trigger:
         """Rebuild the trigger with its saved pixels.
 
-        Only this library's triggers are built by name: a file must not decide which code runs.
+        Only this library's triggers are built by name, also where one is a part of another: a file must not decide
+        which code runs.
 
         Args:
-            known: The user's own trigger class, if the manifest names that one.
+            known: The user's own trigger class or classes, if the manifest names such.
 
         Raises:
             ValueError: If the trigger's class is not known or its tensors do not fit.
         """
-        name, arguments = self.trigger["class"], self.trigger["arguments"]
-        choices = {cls.__qualname__: cls for cls in (known,) if cls is not None}
+        given = known if isinstance(known, tuple) else () if known is None else (known,)
+        choices = {cls.__qualname__: cls for cls in given}
         offered = {name: getattr(triggers, name) for name in triggers.__all__}
         choices |= {n: cls for n, cls in offered.items() if issubclass(cls, Trigger) and cls is not Trigger}
-        if not isinstance(name, str) or name not in choices or not isinstance(arguments, dict):
-            raise ValueError(
-                f"The manifest's trigger {name!r} is not one of lightning_bd.triggers ({', '.join(choices)}). "
-                "Give a config whose `data.poison.trigger` is that class."
-            )
         prefix = "trigger."
         tensors = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        trigger = _unbuilt(self.trigger, choices)
         try:
-            trigger: Trigger = choices[name](**arguments)
             trigger.restore(self.image_shape, tensors)
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"The manifest's trigger {name} cannot be built: {error}") from error
+            raise ValueError(f"The manifest's trigger {self.trigger['class']} cannot be built: {error}") from error
         return trigger
 
     def build_label_map(self) -> LabelMap:
@@ -194,6 +194,29 @@ class PoisonManifest:
                 if mine is None or theirs is None or not torch.equal(mine, theirs):
                     found.append(f"{key}: the pixels differ")
         return found
+
+
+def _unbuilt(recipe: Mapping[str, Plain], choices: Mapping[str, type[Trigger]], depth: int = 0) -> Trigger:
+    """Make a trigger and its parts from class names and arguments of an untrusted file."""
+    name, arguments = recipe["class"], recipe["arguments"]
+    if not isinstance(name, str) or name not in choices or not isinstance(arguments, dict):
+        raise ValueError(
+            f"The manifest's trigger {name!r} is not one of lightning_bd.triggers ({', '.join(choices)}). "
+            "Give a config whose `data.poison.trigger` is that class."
+        )
+    values: dict[str, Any] = dict(arguments)
+    if issubclass(choices[name], CompositeTrigger):
+        if depth == _MAX_DEPTH:
+            raise ValueError(f"The manifest's triggers are parts of parts more than {_MAX_DEPTH} deep.")
+        for key, value in values.items():
+            if isinstance(value, list):
+                values[key] = [_unbuilt(v, choices, depth + 1) if _is_recipe(v) else v for v in value]
+            elif _is_recipe(value):
+                values[key] = _unbuilt(value, choices, depth + 1)
+    try:
+        return choices[name](**values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"The manifest's trigger {name} cannot be built: {error}") from error
 
 
 def _is_integer(value: object) -> bool:

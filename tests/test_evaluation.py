@@ -16,7 +16,7 @@ from lightning_bd.evaluation import use_manifest_of, write_predictions
 from lightning_bd.label_maps import AllToAll
 from lightning_bd.phase_callbacks import RunRecord
 from lightning_bd.poisoning import Poison
-from lightning_bd.triggers import BadNets
+from lightning_bd.triggers import SIG, BadNets, SequentialTrigger, TrainTestTrigger
 
 PATH = Path("model.ckpt")
 
@@ -62,6 +62,23 @@ def test_the_pixels_come_from_the_checkpoint_and_not_from_the_seed(tmp_path: Pat
     use_manifest_of(checkpoint, PATH, data)
     images, _ = triggered(data)
     assert (images[:, :, -2:, -2:] == 0.125).all()
+
+
+class Corner(BadNets):
+    """A trigger of a user."""
+
+
+def test_triggers_made_of_others_are_taken_over(tmp_path: Path) -> None:
+    """The attack set shows the test trigger, whoever wrote its parts."""
+
+    def rule() -> Poison:
+        return Poison(TrainTestTrigger(SIG(0.1), SequentialTrigger([SIG(0.4), Corner(size=2)])), rate=0.25)
+
+    data = DigitsDataModule(rule())
+    use_manifest_of(make_checkpoint(tmp_path, rule()), PATH, data)
+    images, _ = triggered(data)
+    clean = data.test_images.read((data.test_images.labels != 0).nonzero().flatten()) / 255
+    assert torch.equal(images, Corner(size=2)(SIG(0.4)(clean)))
 
 
 def test_label_maps_are_taken_over(tmp_path: Path) -> None:

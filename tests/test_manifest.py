@@ -12,7 +12,17 @@ from torch import Tensor
 from lightning_bd.label_maps import AllToAll, LabelMap, SourceSpecific
 from lightning_bd.manifest import Plain, PoisonManifest
 from lightning_bd.poisoning import Poison
-from lightning_bd.triggers import SIG, BadNets, Blended, Trigger, WaNet
+from lightning_bd.triggers import (
+    SIG,
+    BadNets,
+    Blended,
+    BppAttack,
+    LowFrequency,
+    SequentialTrigger,
+    TrainTestTrigger,
+    Trigger,
+    WaNet,
+)
 
 DATASET: dict[str, str | int] = {"name": "Generated", "sha256": "00", "images": 40, "classes": 10}
 
@@ -30,7 +40,18 @@ def damaged(name: str, value: object) -> dict[str, Plain]:
 
 
 @pytest.mark.parametrize(
-    "trigger", [BadNets(seed=4), BadNets((2, 3), (1, 0), color=(0.1, 0.2, 1.0)), Blended(), SIG(), WaNet(seed=2)]
+    "trigger",
+    [
+        BadNets(seed=4),
+        BadNets((2, 3), (1, 0), color=(0.1, 0.2, 1.0)),
+        Blended(),
+        SIG(),
+        WaNet(seed=2),
+        LowFrequency(seed=3),
+        BppAttack(2, dithering=True),
+        SequentialTrigger([BppAttack(), SequentialTrigger([Blended(), BadNets((2, 3), (1, 0))])]),
+        TrainTestTrigger(Blended(0.1), SequentialTrigger([Blended(0.3), SIG()])),
+    ],
 )
 @pytest.mark.parametrize("target", [3, AllToAll(2), SourceSpecific([4, 5], 1)])
 def test_round_trip(tmp_path: Path, trigger: Trigger, target: int | LabelMap) -> None:
@@ -43,6 +64,7 @@ def test_round_trip(tmp_path: Path, trigger: Trigger, target: int | LabelMap) ->
     assert loaded.differences(manifest) == []
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded.build_trigger()(images), trigger(images))
+    assert torch.equal(loaded.build_trigger().attack(images), trigger.attack(images))
     labels = torch.arange(10)
     expected = Poison(trigger, target=target).label_map(labels, 10)
     assert torch.equal(loaded.build_label_map()(labels, 10), expected)
@@ -94,6 +116,63 @@ def test_a_users_trigger_must_be_given() -> None:
     with pytest.raises(ValueError, match=r"trigger 'Stripe' is not one of lightning_bd.triggers .* Give a config"):
         manifest.build_trigger()
     assert type(manifest.build_trigger(known=Stripe)) is Stripe
+
+
+def test_a_users_trigger_may_be_a_part() -> None:
+    manifest = described(SequentialTrigger([SIG(), Stripe()]))
+    with pytest.raises(ValueError, match=r"trigger 'Stripe' is not one of lightning_bd.triggers .* Give a config"):
+        manifest.build_trigger(known=SequentialTrigger)
+    rebuilt = manifest.build_trigger(known=(SequentialTrigger, Stripe))
+    assert isinstance(rebuilt, SequentialTrigger)
+    assert type(rebuilt.triggers[1]) is Stripe
+
+
+def nested(depth: int) -> dict[str, Plain]:
+    recipe: dict[str, Plain] = {"class": "SIG", "arguments": {}}
+    for _ in range(depth):
+        recipe = {"class": "SequentialTrigger", "arguments": {"triggers": [recipe]}}
+    return recipe
+
+
+def test_refuses_triggers_nested_without_end() -> None:
+    manifest = described(SIG())
+    tensors = {"trigger." + "0." * 8 + "wave": torch.zeros(8)}
+    assert isinstance(replace(manifest, trigger=nested(8), tensors=tensors).build_trigger(), SequentialTrigger)
+    for depth in (9, 200, 5000):
+        with pytest.raises(ValueError, match="manifest's triggers are parts of parts more than 8 deep"):
+            replace(manifest, trigger=nested(depth)).build_trigger()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"triggers": []}, "trigger SequentialTrigger cannot be built: Expected argument `triggers`"),
+        ({"triggers": {"class": "SIG", "arguments": {}}}, "trigger SequentialTrigger cannot be built: Expected"),
+        ({"triggers": [[{"class": "SIG", "arguments": {}}]]}, "trigger SequentialTrigger cannot be built: Expected"),
+        ({"triggers": [{"class": "SIG"}]}, "trigger SequentialTrigger cannot be built: Expected"),
+        ({"triggers": "SIG"}, "trigger SequentialTrigger cannot be built: Expected"),
+        ({"triggers": [{"class": "os.system", "arguments": {}}]}, "trigger 'os.system' is not one of"),
+        ({"triggers": [{"class": "CompositeTrigger", "arguments": {}}]}, "trigger 'CompositeTrigger' is not one of"),
+        ({"triggers": [{"class": "SIG", "arguments": {"a": 1}}]}, "trigger SIG cannot be built: "),
+        (
+            {"triggers": [{"class": "SIG", "arguments": {}}]},
+            r"trigger SequentialTrigger cannot be built: .* \['0.wave'\]",
+        ),
+        ({"extra": {"class": "SIG", "arguments": {}}}, "trigger SequentialTrigger cannot be built: "),
+    ],
+)
+def test_refuses_hostile_parts(arguments: dict[str, Plain], message: str) -> None:
+    manifest = replace(described(SIG()), trigger={"class": "SequentialTrigger", "arguments": arguments})
+    with pytest.raises(ValueError, match=f"The manifest's {message}"):
+        manifest.build_trigger()
+
+
+@pytest.mark.parametrize("argument", ["size", "position", "pattern", "color", "margin"])
+def test_a_trigger_without_parts_gets_none(argument: str) -> None:
+    part: Plain = {"class": "SIG", "arguments": {}}
+    manifest = replace(described(BadNets()), trigger={"class": "BadNets", "arguments": {argument: part}})
+    with pytest.raises(ValueError, match="The manifest's trigger BadNets cannot be built: "):
+        manifest.build_trigger()
 
 
 @pytest.mark.parametrize(

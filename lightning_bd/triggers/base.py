@@ -61,7 +61,8 @@ class Trigger(nn.Module, ABC):
     def hyperparameters(self) -> dict[str, object]:
         """The ``__init__`` arguments as plain builtins: paths as strings, tuples as lists.
 
-        ``type(trigger)(**trigger.hyperparameters)`` is the same trigger, not yet built.
+        ``type(trigger)(**trigger.hyperparameters)`` is the same trigger, not yet built. An argument that is itself a
+        trigger is described by ``{"class": name, "arguments": {...}}``, which must be built first.
 
         Raises:
             TypeError: If the subclass does not keep an argument as an attribute of the same name, or keeps a value
@@ -150,6 +151,20 @@ class Trigger(nn.Module, ABC):
         covers: Tensor = self(images)
         return covers
 
+    def attack(self, images: Tensor) -> Tensor:
+        """Put the trigger on images as the attacker does at test time.
+
+        Here as in training; a trigger that poisons at one strength and attacks at another overrides this.
+
+        Args:
+            images: Floating-point tensor (B, C, H, W), values in [0, 1]. Not modified.
+
+        Returns:
+            A new tensor of the same shape, dtype and device, values in [0, 1].
+        """
+        attacked: Tensor = self(images)
+        return attacked
+
     def extra_repr(self) -> str:
         """Show the arguments in ``repr``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
@@ -209,6 +224,8 @@ def _plain(name: str, value: object) -> object:
         return str(value)
     if isinstance(value, tuple | list):
         return [_plain(name, item) for item in value]
+    if isinstance(value, Trigger):
+        return {"class": type(value).__qualname__, "arguments": value.hyperparameters}
     raise TypeError(f"Expected attribute `{name}` to be made of plain builtins, but got a {type(value).__name__}.")
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as tv
 from lightning_bd.batch import BatchContext, RawBatch
 from lightning_bd.datamodules.rendering import render, to_bytes, to_float
 from lightning_bd.poisoning import Poison
-from lightning_bd.triggers import BadNets, Blended, Trigger, WaNet
+from lightning_bd.triggers import SIG, BadNets, Blended, TrainTestTrigger, Trigger, WaNet
 
 IMAGES = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
@@ -127,6 +127,28 @@ def test_all_rows(mode: Literal["static", "dynamic"]) -> None:
     expected = trigger(to_float(IMAGES))
     assert torch.equal(sample.image, to_float(as_a_file(expected)) if mode == "static" else expected)
     assert sample.is_poisoned.all()
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_the_attack_set_gets_the_test_trigger_and_training_images_the_other(
+    mode: Literal["static", "dynamic"],
+) -> None:
+    faint, strong = SIG(0.1), SIG(0.5)
+    poison = prepared(TrainTestTrigger(faint, strong), mode)
+    contexts: tuple[Literal["static", "dynamic", "all"], ...] = ("static", "dynamic", "all")
+    for rule in contexts:
+        raw = RawBatch(
+            IMAGES,
+            LABELS,
+            LABELS,
+            BatchContext("any", rule, mode),
+            poison_rows=torch.arange(6),
+            poison_labels=torch.full((6,), 9),
+        )
+        expected = (strong if rule == "all" else faint)(to_float(IMAGES))
+        assert torch.equal(
+            render(raw, poison, 1).image, to_float(as_a_file(expected)) if mode == "static" else expected
+        )
 
 
 def test_covers_move_pixels_and_keep_the_label() -> None:

@@ -9,7 +9,19 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from lightning_bd.triggers import SIG, BadNets, Blended, TensorSpec, Trigger, WaNet
+from lightning_bd import triggers
+from lightning_bd.triggers import (
+    SIG,
+    BadNets,
+    Blended,
+    BppAttack,
+    LowFrequency,
+    SequentialTrigger,
+    TensorSpec,
+    TrainTestTrigger,
+    Trigger,
+    WaNet,
+)
 
 SHAPE = (3, 16, 12)
 
@@ -21,11 +33,27 @@ FACTORIES: dict[str, Callable[[], Trigger]] = {
     "blended-noise": lambda: Blended(ratio=0.7, pattern="noise", seed=4),
     "sig": lambda: SIG(amplitude=0.4, frequency=2.5),
     "wanet": lambda: WaNet(grid_size=3, strength=2.0, seed=5, grid_rescale=0.98),
+    "low-frequency": lambda: LowFrequency(strength=0.3, cutoff=5, seed=6),
+    "sequential": lambda: SequentialTrigger([SIG(amplitude=0.3), BadNets(size=2)]),
+    "train-test": lambda: TrainTestTrigger(
+        SequentialTrigger([LowFrequency()]), SequentialTrigger([LowFrequency(strength=0.5), BadNets(size=2)])
+    ),
+}
+WITHOUT_TENSORS: dict[str, Callable[[], Trigger]] = {
+    "bpp": BppAttack,
+    "bpp-dithering": lambda: BppAttack(bits=2, dithering=True),
 }
 
 
-@pytest.fixture(params=list(FACTORIES.values()), ids=list(FACTORIES))
+@pytest.fixture(params=[*FACTORIES.values(), *WITHOUT_TENSORS.values()], ids=[*FACTORIES, *WITHOUT_TENSORS])
 def trigger(request: pytest.FixtureRequest) -> Trigger:
+    made = request.param()
+    assert isinstance(made, Trigger)
+    return made
+
+
+@pytest.fixture(params=list(FACTORIES.values()), ids=list(FACTORIES))
+def trigger_with_tensors(request: pytest.FixtureRequest) -> Trigger:
     made = request.param()
     assert isinstance(made, Trigger)
     return made
@@ -107,40 +135,40 @@ def test_build_is_idempotent_and_bound_to_one_shape(trigger: Trigger) -> None:
 
 
 def test_hyperparameters_survive_json_and_rebuild_the_trigger(trigger: Trigger, images: Tensor) -> None:
-    rebuilt = type(trigger)(**json.loads(json.dumps(trigger.hyperparameters)))
+    rebuilt = _from_plain(type(trigger), json.loads(json.dumps(trigger.hyperparameters)))
     assert rebuilt.hyperparameters == trigger.hyperparameters
     assert torch.equal(rebuilt(images), trigger(images))
 
 
-def test_state_dict_and_restore_give_the_same_bits(trigger: Trigger, images: Tensor) -> None:
-    expected = trigger(images)
+def test_state_dict_and_restore_give_the_same_bits(trigger_with_tensors: Trigger, images: Tensor) -> None:
+    expected = trigger_with_tensors(images)
     # Values that cannot be computed again, to see that the saved ones are used.
-    saved = {name: tensor * 0.5 for name, tensor in trigger.state_dict().items()}
-    loaded, restored = _rebuilt(trigger), _rebuilt(trigger)
+    saved = {name: tensor * 0.5 for name, tensor in trigger_with_tensors.state_dict().items()}
+    loaded, restored = _rebuilt(trigger_with_tensors), _rebuilt(trigger_with_tensors)
     loaded.build(SHAPE)
     loaded.load_state_dict(saved)
     restored.restore(SHAPE, saved)
     assert restored.image_shape == SHAPE
     assert torch.equal(loaded(images), restored(images))
     assert not torch.equal(restored(images), expected)
-    restored.restore(SHAPE, trigger.state_dict())
+    restored.restore(SHAPE, trigger_with_tensors.state_dict())
     assert torch.equal(restored(images), expected)
 
 
-def test_restore_copies_the_tensors(trigger: Trigger, images: Tensor) -> None:
-    trigger.build(SHAPE)
-    saved = {name: tensor.clone() for name, tensor in trigger.state_dict().items()}
-    restored = _rebuilt(trigger)
+def test_restore_copies_the_tensors(trigger_with_tensors: Trigger, images: Tensor) -> None:
+    trigger_with_tensors.build(SHAPE)
+    saved = {name: tensor.clone() for name, tensor in trigger_with_tensors.state_dict().items()}
+    restored = _rebuilt(trigger_with_tensors)
     restored.restore(SHAPE, saved)
     for tensor in saved.values():
         tensor.fill_(float("nan"))
-    assert torch.equal(restored(images), trigger(images))
+    assert torch.equal(restored(images), trigger_with_tensors(images))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda saved: {}, r"to be named \['\w+'\], but got \[\]"),
+        (lambda saved: {}, r"to be named \['.+'\], but got \[\]"),
         (lambda saved: {**saved, "extra": torch.zeros(1)}, r"to be named .* but got .*'extra'"),
         (lambda saved: {n: t[:-1] for n, t in saved.items()}, r"to have shape \(.*\), but got \("),
         (lambda saved: {n: t.double() for n, t in saved.items()}, r"float32, but got torch\.float64"),
@@ -154,12 +182,12 @@ def test_restore_copies_the_tensors(trigger: Trigger, images: Tensor) -> None:
     ids=["missing", "extra", "shape", "dtype", "sparse", "list", "nan", "inf", "view", "range"],
 )
 def test_restore_refuses_damaged_tensors_and_stays_unbuilt(
-    trigger: Trigger, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+    trigger_with_tensors: Trigger, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
-    trigger.build(SHAPE)
-    restored = _rebuilt(trigger)
+    trigger_with_tensors.build(SHAPE)
+    restored = _rebuilt(trigger_with_tensors)
     with pytest.raises(ValueError, match=message):
-        restored.restore(SHAPE, damage(trigger.state_dict()))
+        restored.restore(SHAPE, damage(trigger_with_tensors.state_dict()))
     assert restored.image_shape is None
     assert not restored.state_dict()
 
@@ -170,14 +198,14 @@ def test_restore_refuses_another_shape_once_built(trigger: Trigger) -> None:
         trigger.restore((3, 8, 8), trigger.state_dict())
 
 
-def test_built_while_validating_is_usable_under_autograd(trigger: Trigger, images: Tensor) -> None:
+def test_built_while_validating_is_usable_under_autograd(trigger_with_tensors: Trigger, images: Tensor) -> None:
     with torch.inference_mode():
-        expected = trigger(images.clone())
-        saved = {name: tensor.clone() for name, tensor in trigger.state_dict().items()}
-    restored = _rebuilt(trigger)
+        expected = trigger_with_tensors(images.clone())
+        saved = {name: tensor.clone() for name, tensor in trigger_with_tensors.state_dict().items()}
+    restored = _rebuilt(trigger_with_tensors)
     with torch.inference_mode():
         restored.restore(SHAPE, saved)
-    for built in (trigger, restored):
+    for built in (trigger_with_tensors, restored):
         assert not any(tensor.is_inference() for tensor in built.buffers())
         leaf = images.clone().requires_grad_()
         triggered = built(leaf)
@@ -187,8 +215,13 @@ def test_built_while_validating_is_usable_under_autograd(trigger: Trigger, image
 
 
 def test_cover_without_a_noise_mode_is_the_trigger(images: Tensor) -> None:
-    for made in (BadNets(), Blended(), SIG()):
+    for made in (BadNets(), Blended(), SIG(), LowFrequency()):
         assert torch.equal(made.cover(images, torch.Generator()), made(images))
+
+
+def test_the_attack_is_the_trigger(images: Tensor) -> None:
+    for made in (BadNets(), Blended(), SIG(), WaNet(), LowFrequency(), BppAttack(), SequentialTrigger([SIG()])):
+        assert torch.equal(made.attack(images), made(images))
 
 
 @pytest.mark.parametrize("image_shape", [(3, 32), (3, 0, 32), (3, 32.0, 32), (-1, 8, 8)])
@@ -200,7 +233,7 @@ def test_build_refuses_what_is_no_image_shape(trigger: Trigger, image_shape: tup
 @pytest.mark.parametrize("shape", [(2, 3, 12, 16), (2, 1, 16, 12)])
 def test_forward_and_cover_refuse_another_image_shape(trigger: Trigger, shape: tuple[int, ...]) -> None:
     trigger.build(SHAPE)
-    for change in (trigger, trigger.cover):
+    for change in (trigger, trigger.cover, trigger.attack):
         with pytest.raises(ValueError, match=rf"of shape \(3, 16, 12\), .* but got \({shape[1]}, {shape[2]}, "):
             change(torch.rand(shape))
 
@@ -242,6 +275,30 @@ def test_default_dtype_and_device_do_not_reach_the_tensors(
         ({"class_path": "Blended", "init_args": {"image": "a/b.png"}}, Blended(image=Path("a/b.png"))),
         ({"class_path": "SIG", "init_args": {"frequency": 3}}, SIG(frequency=3.0)),
         ({"class_path": "WaNet", "init_args": {"strength": 0.75}}, WaNet(strength=0.75)),
+        ({"class_path": "LowFrequency", "init_args": {"strength": 0.5, "cutoff": 2}}, LowFrequency(0.5, 2)),
+        ({"class_path": "BppAttack", "init_args": {"bits": 5, "dithering": True}}, BppAttack(5, dithering=True)),
+        (
+            {
+                "class_path": "SequentialTrigger",
+                "init_args": {
+                    "triggers": [
+                        {"class_path": "lightning_bd.triggers.SIG", "init_args": {"amplitude": 0.25}},
+                        {"class_path": "lightning_bd.triggers.BadNets", "init_args": {"size": [2, 3]}},
+                    ]
+                },
+            },
+            SequentialTrigger([SIG(amplitude=0.25), BadNets(size=(2, 3))]),
+        ),
+        (
+            {
+                "class_path": "TrainTestTrigger",
+                "init_args": {
+                    "training_trigger": {"class_path": "lightning_bd.triggers.Blended", "init_args": {"ratio": 0.1}},
+                    "test_trigger": {"class_path": "lightning_bd.triggers.Blended", "init_args": {"ratio": 0.3}},
+                },
+            },
+            TrainTestTrigger(Blended(ratio=0.1), Blended(ratio=0.3)),
+        ),
     ],
 )
 def test_configs_are_parsed(config: dict[str, object], expected: Trigger) -> None:
@@ -303,4 +360,15 @@ def test_cuda_pixels_are_the_cpu_ones(trigger: Trigger, images: Tensor) -> None:
 
 
 def _rebuilt(trigger: Trigger) -> Trigger:
-    return type(trigger)(**trigger.hyperparameters)
+    return _from_plain(type(trigger), trigger.hyperparameters)
+
+
+def _from_plain(kind: type[Trigger], arguments: dict[str, object]) -> Trigger:
+    def part(value: object) -> object:
+        if isinstance(value, list):
+            return [part(item) for item in value]
+        if isinstance(value, dict):
+            return _from_plain(getattr(triggers, value["class"]), value["arguments"])
+        return value
+
+    return kind(**{name: part(value) for name, value in arguments.items()})
