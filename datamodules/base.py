@@ -113,7 +113,9 @@ class ImageDataModule(LightningDataModule):
             train = train.select(stratified_subset(train.labels, self.subset, self.split_seed))
         self._source = train
         excluded = excluded_positions(self.exclude, len(train), self.fingerprint)
-        self._cut = TrainingSplits(train.labels, self.splits, self.split_seed, excluded, type(self).__name__)
+        self._cut = TrainingSplits(
+            train.labels, self.splits, self.split_seed, excluded, type(self).__name__, self._read_train
+        )
         if self.poison is not None:
             self.poison.prepare(train.image_shape, len(train.class_names))
         test = self.load(train=False)
@@ -279,12 +281,13 @@ class ImageDataModule(LightningDataModule):
         """Describe the poison for whoever evaluates the model later; ``None`` without one.
 
         Args:
-            phases: The phases of the run; the fixed positions of each static one are listed.
+            phases: The phases of the run; the positions of each are listed whose images are chosen once.
         """
         if self.poison is None:
             return None
         cut = self._training_splits
-        chosen = {p.name: cut.static_choice(self.poison, p.splits)[0] for p in phases if p.poison == "static"}
+        fixed = [p for p in phases if p.poison == "static" or (p.poison and self.poison.is_fixed_choice)]
+        chosen = {p.name: cut.static_choice(self.poison, p.splits)[0] for p in fixed}
         dataset: dict[str, str | int] = {
             "name": type(self).__name__,
             "sha256": self.fingerprint(),
@@ -344,4 +347,9 @@ class ImageDataModule(LightningDataModule):
         loader = self.loaders.loader(self.train_images, self.positions(phase.splits), context, phase.batch_size)
         if phase.poison == "static" and self.poison is not None:
             self._training_splits.make_static(loader, self.poison, phase.splits)
+        elif phase.poison == "dynamic" and self.poison is not None and self.poison.is_fixed_choice:
+            self._training_splits.make_fixed(loader, self.poison, phase.splits)
         return loader
+
+    def _read_train(self, positions: Tensor) -> Tensor:
+        return self.train_images.read(positions)

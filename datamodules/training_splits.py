@@ -1,6 +1,6 @@
 """The training set in its splits: first the attacker chose images to poison, then the defender left some out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,6 +26,7 @@ class TrainingSplits:
         seed: Seed of the cut.
         excluded: ``(E,)`` int64, positions in [0, N) that are trained on no more.
         owner: Name of the datamodule, for messages.
+        read: Returns the images ``(B, C, H, W)`` uint8 at positions ``(B,)``; for a poison that looks at them.
 
     Raises:
         ValueError: If the shares are out of their range.
@@ -37,13 +38,22 @@ class TrainingSplits:
         ([0, 1, 2, 5], [0, 1, 2, 3])
     """
 
-    def __init__(self, labels: Tensor, fractions: Mapping[str, float], seed: int, excluded: Tensor, owner: str) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        fractions: Mapping[str, float],
+        seed: int,
+        excluded: Tensor,
+        owner: str,
+        read: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.labels = labels
         #: Positions per split, as they were cut.
         self.cut = stratified_splits(labels, fractions, seed)
         self.excluded = excluded
         self._keep = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, excluded, False)
         self._owner = owner
+        self._read = read
         self._static: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._check_remaining()
 
@@ -78,7 +88,7 @@ class TrainingSplits:
         poison.check_not_empty(self.labels[positions], positions, _joined(names))
 
     def static_choice(self, poison: Poison, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Return the images that a static poison changes, chosen once per union of splits.
+        """Return the images that a poison with a fixed choice changes, chosen once per union of splits.
 
         Args:
             poison: The rule.
@@ -107,6 +117,16 @@ class TrainingSplits:
             flags[positions] = rows[positions[order]]
             loader.static_flags = flags
 
+    def make_fixed(self, loader: BatchLoader, poison: Poison, names: tuple[str, ...]) -> None:
+        """Tell a loader which images a dynamic poison changes that chooses them by their difficulty.
+
+        Args:
+            loader: Of the images in these splits.
+            poison: The rule.
+            names: Of the splits, joined.
+        """
+        loader.poison = poison.fixed(self._chosen(poison, names)[0])
+
     def forget_poison(self) -> None:
         """Choose anew when asked next: the poison is another one."""
         self._static.clear()
@@ -115,7 +135,7 @@ class TrainingSplits:
         key = tuple(sorted(names))
         if key not in self._static:
             positions = self.positions(key, filtered=False)
-            self._static[key] = poison.choose(self.labels[positions], positions, _joined(key))
+            self._static[key] = poison.choose(self.labels[positions], positions, _joined(key), self._read)
         return self._static[key]
 
     def _mask(self, chosen: Tensor) -> Tensor:

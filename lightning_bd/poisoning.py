@@ -1,5 +1,7 @@
 """Which images are poisoned, and what their labels become."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -10,6 +12,7 @@ from lightning_bd.batch import PoisonMode
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.label_maps import AllToOne, LabelMap
 from lightning_bd.manifest import PoisonManifest
+from lightning_bd.selection import Selection
 from lightning_bd.triggers import Trigger
 
 __all__ = ("Poison", "PoisonManifest")
@@ -28,7 +31,9 @@ class Poison:
             float (the protocol of SBL). ``"static"``: ``int(rate * n)`` fixed images, poisoned once, rounded to 8 bits,
             augmented afterwards like any other image (the conventional protocol).
         clean_label: Poison only images of the target class and leave their labels.
-        selection: Positions in the training set to choose from instead of all; how many comes from ``rate``.
+        selection: Positions in the training set to choose from instead of all; or a choice by difficulty, which fixes
+            the images in both modes: ``int(rate * n)`` as for ``"static"``, each poisoned whenever it is seen. How many
+            comes from ``rate`` alone.
         seed: Seed of the choice of images.
         cover_rate: Share of images that get the trigger's cover (by default the trigger itself) and keep their
             label, in [0, 1]; WaNet's noise mode uses twice the poison rate.
@@ -54,7 +59,7 @@ class Poison:
     target: int | LabelMap = 0
     mode: PoisonMode = "dynamic"
     clean_label: bool = False
-    selection: list[int] | None = None
+    selection: list[int] | Selection | None = None
     seed: int = 0
     cover_rate: float = 0.0
     misaligned_flags: bool = False
@@ -74,6 +79,7 @@ class Poison:
         if self.clean_label and not isinstance(self.label_map, AllToOne):
             raise ValueError("Expected argument `target` to be one class with `clean_label`, but got a label map.")
         self._num_classes: int | None = None
+        self._fixed: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +117,7 @@ class Poison:
             ``(B,)`` bool.
         """
         allowed = labels == self.attacker_labels(labels) if self.clean_label else self.label_map.sources(labels)
-        if self.selection is not None:
+        if self.selection is not None and not isinstance(self.selection, Selection):
             allowed = allowed & torch.isin(positions, torch.tensor(self.selection, dtype=torch.int64))
         return allowed
 
@@ -132,6 +138,11 @@ class Poison:
         """
         candidates = int(self.candidates(labels, positions).sum())
         total = self._total(labels)
+        if self.clean_label and total == 0:
+            raise ValueError(
+                f"Expected images of the target class {self._target} in split `{split}`, which `clean_label` poisons, "
+                "but there are none. Choose another `poison.target`, or set the phase's `poisoned: false`."
+            )
         if candidates == 0 or int(self.rate * total) == 0:
             raise ValueError(
                 f"Expected the poison to select at least one image of split `{split}`, but rate {self.rate} of "
@@ -139,21 +150,30 @@ class Poison:
                 "`poisoned: false`."
             )
 
-    def choose(self, labels: Tensor, positions: Tensor, split: str) -> tuple[Tensor, Tensor]:
-        """Choose the images of a static poison.
+    @property
+    def is_fixed_choice(self) -> bool:
+        """Whether the images are chosen once in both modes, by their difficulty."""
+        return isinstance(self.selection, Selection)
 
-        The order of ``positions`` does not matter.
+    def choose(
+        self, labels: Tensor, positions: Tensor, split: str, read: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the images of a static poison, or of one whose images are chosen by their difficulty.
+
+        The order of ``positions`` does not matter, and with a difficulty neither does that of the images.
 
         Args:
             labels: ``(N,)`` labels of the images at ``positions``.
             positions: ``(N,)`` positions in the training set.
             split: Name of the split, part of the key of the draw.
+            read: Returns the images ``(B, C, H, W)`` uint8 at positions ``(B,)``; for a choice by difficulty.
 
         Returns:
             Sorted positions of the poisoned images and of the cover images; disjoint.
 
         Raises:
-            ValueError: If the rate selects no image, or more than there are candidates.
+            ValueError: If the rate selects no image, or more than there are candidates; if images are chosen by their
+                difficulty and ``read`` is missing.
         """
         order = positions.argsort()
         labels, positions = labels[order], positions[order]
@@ -166,10 +186,23 @@ class Poison:
                 f"but only {len(candidates)} may be poisoned. Lower `poison.rate`."
             )
         generator = keyed_generator(self.seed, "static", split)
-        poisoned = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+        if isinstance(self.selection, Selection):
+            poisoned = self._choose_by_difficulty(self.selection, labels, positions, count, read)
+        else:
+            poisoned = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
         others = positions[~torch.isin(positions, poisoned)]
         covers = others[torch.randperm(len(others), generator=generator)[: int(self.cover_rate * len(labels))]]
         return poisoned.sort().values, covers.sort().values
+
+    def fixed(self, poisoned: Tensor) -> "Poison":
+        """Return the same rule for a dynamic poison whose images were chosen: each is poisoned in every batch.
+
+        Args:
+            poisoned: ``(P,)`` their positions in the training set.
+        """
+        rule = copy.copy(self)
+        rule._fixed = poisoned
+        return rule
 
     def draw(self, labels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw the rows of one batch for a dynamic poison.
@@ -181,11 +214,42 @@ class Poison:
 
         Returns:
             Rows of the batch to poison and rows to cover; disjoint.
+
+        Raises:
+            RuntimeError: If images are chosen by their difficulty and this is not the rule of :meth:`fixed`.
         """
         uniform = torch.rand(len(labels), generator=generator)
-        poisoned = (uniform < self.rate) & self.candidates(labels, indices)
+        if self._fixed is not None:
+            poisoned = torch.isin(indices, self._fixed)
+        elif self.is_fixed_choice:
+            raise RuntimeError(
+                "Poison.fixed(Poison.choose(...)[0]) must be used to draw: `selection` fixes the images."
+            )
+        else:
+            poisoned = (uniform < self.rate) & self.candidates(labels, indices)
         covered = (uniform >= 1 - self.cover_rate) & ~poisoned
         return poisoned.nonzero().flatten(), covered.nonzero().flatten()
+
+    @property
+    def _target(self) -> int | None:
+        """The attacker's class, if it is one."""
+        return self.label_map.target if isinstance(self.label_map, AllToOne) else None
+
+    def _choose_by_difficulty(
+        self,
+        selection: Selection,
+        labels: Tensor,
+        positions: Tensor,
+        count: int,
+        read: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        if read is None:
+            raise ValueError("Expected argument `read` to be given: `selection` chooses by what the images look like.")
+        allowed = self.candidates(labels, positions)
+        if not selection.scorer.needs_other_classes:
+            labels, positions, allowed = labels[allowed], positions[allowed], allowed[allowed]
+        rows = selection.choose(read(positions), labels, count, self._target, allowed, positions, self.seed)
+        return positions[rows]
 
     def _total(self, labels: Tensor) -> int:
         """Return the number that ``rate`` is a share of."""

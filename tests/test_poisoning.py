@@ -1,11 +1,15 @@
 """The choice of poisoned images against counts and loops."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.label_maps import AllToAll, LabelMap, SourceSpecific
 from lightning_bd.poisoning import Poison
+from lightning_bd.selection import SampleScorer, Selection
 from lightning_bd.triggers import BadNets
 
 POSITIONS = torch.arange(500, 900)
@@ -186,3 +190,104 @@ def test_refuses_a_rate_that_selects_nothing(poison: Poison, count: int) -> None
 def test_refuses_a_rate_above_the_candidates() -> None:
     with pytest.raises(ValueError, match=r"at least 80 images .* split `inject` \(rate 0.2\), but only 40 may be"):
         prepared(rate=0.2, target=SourceSpecific([1], 0)).choose(LABELS, POSITIONS, "inject")
+
+
+#: Constant images whose brightness falls with the position, so that the hardest are the first.
+PIXELS = (200 - POSITIONS.remainder(200)).to(torch.uint8).view(400, 1, 1, 1).expand(400, 3, 8, 8)
+
+
+class Brightness(SampleScorer):
+    """Notes what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, set[int], int | None]] = []
+
+    def score(self, images: Tensor, labels: Tensor, target: int | None) -> Tensor:
+        self.seen.append((len(images), set(labels.tolist()), target))
+        return images.double().mean(dim=(1, 2, 3))
+
+
+class WholeSetBrightness(Brightness):
+    needs_other_classes = True
+
+
+def selecting(
+    scorer: SampleScorer, folder: Path, rate: float = 0.1, clean_label: bool = True, target: int | LabelMap = 3
+) -> Poison:
+    poison = Poison(BadNets(), rate, target, "static", clean_label, Selection(scorer, cache_dir=folder))
+    poison.prepare((3, 8, 8), num_classes=10)
+    return poison
+
+
+def read(positions: Tensor) -> Tensor:
+    return PIXELS.index_select(0, positions - 500)
+
+
+@pytest.mark.parametrize("kind", [Brightness, WholeSetBrightness])
+def test_selection_takes_the_hardest_of_the_target_class(kind: type[Brightness], tmp_path: Path) -> None:
+    scorer = kind()
+    poison = selecting(scorer, tmp_path, rate=0.1)
+    poisoned, _ = poison.choose(LABELS, POSITIONS, "inject", read)
+    # Of 40 images int(0.1 * 40); brightness starts again at position 600, so that the brightest of class 3 is 603.
+    assert poisoned.tolist() == [603, 613, 803, 813]
+    seen = (40, {3}, 3) if kind is Brightness else (400, set(range(10)), 3)
+    assert scorer.seen == [seen]
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    again, _ = poison.choose(LABELS[order], POSITIONS[order], "other", read)
+    assert torch.equal(again, poisoned)
+    assert len(scorer.seen) == 1
+
+
+def test_selection_without_clean_label_takes_any_class(tmp_path: Path) -> None:
+    scorer = Brightness()
+    poison = selecting(scorer, tmp_path, rate=0.02, clean_label=False, target=SourceSpecific([1, 2], 0))
+    poisoned, _ = poison.choose(LABELS, POSITIONS, "inject", read)
+    assert poisoned.tolist() == [601, 602, 611, 612, 801, 802, 811, 812]
+    assert scorer.seen == [(80, {1, 2}, None)]
+
+
+def test_covers_of_a_selection_are_other_images(tmp_path: Path) -> None:
+    poison = selecting(Brightness(), tmp_path, rate=0.5)
+    poison.cover_rate = 0.2
+    poisoned, covers = poison.choose(LABELS, POSITIONS, "inject", read)
+    assert (len(poisoned), len(covers)) == (20, 80)
+    assert not set(poisoned.tolist()) & set(covers.tolist())
+
+
+def test_a_fixed_poison_draws_the_chosen_images_always(tmp_path: Path) -> None:
+    poison = selecting(Brightness(), tmp_path)
+    poison.cover_rate = 0.3
+    with pytest.raises(RuntimeError, match=r"Poison.fixed\(Poison.choose\(...\)\[0\]\) must be used to draw"):
+        poison.draw(LABELS, POSITIONS, keyed_generator(0))
+    fixed = poison.fixed(poison.choose(LABELS, POSITIONS, "inject", read)[0])
+    for number in range(3):
+        rows, covers = fixed.draw(LABELS, POSITIONS, keyed_generator(number))
+        assert POSITIONS[rows].tolist() == [603, 613, 803, 813]
+        assert 60 < len(covers) < 180
+        assert not set(rows.tolist()) & set(covers.tolist())
+    assert poison.is_fixed_choice
+    assert not prepared().is_fixed_choice
+
+
+def test_selection_needs_the_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`read` to be given: `selection` chooses by what the images look like"):
+        selecting(Brightness(), tmp_path).choose(LABELS, POSITIONS, "inject")
+
+
+def test_selection_of_none_is_refused_before_scoring(tmp_path: Path) -> None:
+    scorer = Brightness()
+    with pytest.raises(ValueError, match=r"rate 0.02 of 40 images selects none \(40 may be poisoned\)"):
+        selecting(scorer, tmp_path, rate=0.02).choose(LABELS, POSITIONS, "inject", read)
+    assert not scorer.seen
+
+
+@pytest.mark.parametrize("selection", [None, Selection(Brightness())])
+def test_refuses_clean_label_of_a_class_without_images(selection: Selection | None) -> None:
+    poison = Poison(BadNets(), 0.1, 3, "static", True, selection)
+    poison.prepare((3, 8, 8), num_classes=10)
+    rows = LABELS != 3
+    message = "images of the target class 3 in split `inject`, which `clean_label` poisons, but there are none. Choose"
+    with pytest.raises(ValueError, match=message):
+        poison.check_not_empty(LABELS[rows], POSITIONS[rows], "inject")
+    with pytest.raises(ValueError, match=message):
+        poison.choose(LABELS[rows], POSITIONS[rows], "inject", read)
