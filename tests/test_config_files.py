@@ -35,10 +35,11 @@ def expand(folder: Path, *configs: str | Path, options: tuple[str, ...] = ()) ->
 def test_shipped_configs_are_found_by_name() -> None:
     folder = Path(str(resources.files("lightning_bd.configs")))
     files = {path for path in folder.rglob("*") if path.suffix == ".yaml"}
-    shipped, defenses = shipped_configs(), shipped_configs("defense")
-    assert set(shipped.values()) | set(defenses.values()) == files
+    shipped, defenses, detectors = shipped_configs(), shipped_configs("defense"), shipped_configs("detection")
+    assert {*shipped.values(), *defenses.values(), *detectors.values()} == files
     assert {path.parent for path in shipped.values()} == {folder}
     assert {path.parent for path in defenses.values()} == {folder / "defense"}
+    assert {path.parent for path in detectors.values()} == {folder / "detection"}
     assert shipped["sbl_digits"] == folder / "sbl_digits.yaml" == find_config("sbl_digits")
 
 

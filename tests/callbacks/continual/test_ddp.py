@@ -20,7 +20,7 @@ REPLAYS = ("a-gem", "a-gem accumulated", "replay", "dark", "dark inserting")
 TERMS = ("terms", "terms, called again", "terms with SAM")
 CONSOLIDATIONS = ("ewc", "ewc accumulated", "ewc, unused parameters")
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 def flat(tensors: Any) -> Tensor:  # noqa: ANN401
