@@ -8,6 +8,7 @@ from lightning_bd.selection.gradient_norm import GradientNorm
 from lightning_bd.selection.knn_typicality import KNNTypicality
 from lightning_bd.selection.loss_score import LossScore
 from lightning_bd.selection.mean_typicality import MeanTypicality
+from lightning_bd.selection.ood_loss import OODLoss
 from lightning_bd.selection.random import RandomSelection
 from lightning_bd.selection.surrogate import Surrogate
 from lightning_bd.selection.torchvision_encoder import TorchvisionEncoder
@@ -20,6 +21,7 @@ __all__ = (
     "KNNTypicality",
     "LossScore",
     "MeanTypicality",
+    "OODLoss",
     "RandomSelection",
     "RawPixels",
     "SampleScorer",
