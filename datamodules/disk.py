@@ -74,6 +74,7 @@ class DiskDataModule(ImageDataModule):
             )
         self.root = Path(root)
         self.image_size = image_size or self.default_image_size
+        self._sized = image_size is not None
         self.download = download
 
     def _require(self, path: str) -> Path:

@@ -7,6 +7,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_bd.datamodules.disk import DiskDataModule
+from lightning_bd.datamodules.image_tree import INCOMPLETE, ORDER, read_order
 from lightning_bd.datamodules.images import FileImages
 
 __all__ = ("ImageFolderDataModule",)
@@ -19,6 +20,9 @@ class ImageFolderDataModule(DiskDataModule):
     extension (jpg, jpeg, png, ppm, bmp, pgm, tif, tiff, webp), in sorted order; all are resized to ``image_size``. The
     arguments are those of :class:`~lightning_bd.datamodules.DiskDataModule`.
 
+    A folder that ``lightning-bd poison`` wrote has a file ``images.json``: its images are read in the order, the number
+    of channels and, unless ``image_size`` is given, the size that it names.
+
     Example:
         >>> ImageFolderDataModule(root="/data/flowers", image_size=64).image_size
         64
@@ -28,17 +32,39 @@ class ImageFolderDataModule(DiskDataModule):
 
     def load(self, train: bool) -> FileImages:
         """Return the training or the test images."""
+        if (self.root / INCOMPLETE).exists():
+            raise self._incomplete(self.root, f"it was not written to its end, and has a file {INCOMPLETE}")
         classes = self._classes()
-        part = self.root / ("train" if train else "test")
-        paths: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes):
-            files = sorted(file for file in (part / name).iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
-            if not files:
-                raise self._incomplete(part / name, f"it holds no image ({', '.join(IMG_EXTENSIONS)})")
-            paths += [str(file.relative_to(self.root)) for file in files]
-            labels += [label] * len(files)
-        return FileImages(self.root, paths, torch.tensor(labels), classes, self.image_size)
+        part = "train" if train else "test"
+        order = read_order(self.root)
+        found = [f"{name}/{file}" for name in classes for file in self._files(part, name, empty=order is not None)]
+        if order is None:
+            files, grey = found, False
+        else:
+            files, grey = list(order.files[part]), order.image_shape[0] == 1
+            self._check_order(part, files, found)
+            if not self._sized:
+                self.image_size = order.image_shape[1]
+        numbers = {name: label for label, name in enumerate(classes)}
+        labels = torch.tensor([numbers[file.partition("/")[0]] for file in files])
+        return FileImages(self.root, [f"{part}/{file}" for file in files], labels, classes, self.image_size, grey)
+
+    def _files(self, part: str, name: str, empty: bool) -> list[str]:
+        folder = self.root / part / name
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+        if not files and not empty:
+            raise self._incomplete(folder, f"it holds no image ({', '.join(IMG_EXTENSIONS)})")
+        return [file.name for file in files]
+
+    def _check_order(self, part: str, files: list[str], found: list[str]) -> None:
+        """Refuse an order that is not one of the files that are there."""
+        if len(set(files)) < len(files):
+            raise self._incomplete(self.root / ORDER, f"it names a file of {part}/ twice")
+        for wrong, why in ((set(files) - set(found), "is not there"), (set(found) - set(files), "is not in the list")):
+            if wrong:
+                raise self._incomplete(
+                    self.root, f"{part}/{min(wrong)} {why} ({ORDER} lists the images; {len(wrong)} such files)"
+                )
 
     def _classes(self) -> list[str]:
         train, test = (_folders(self._require(part)) for part in ("train", "test"))

@@ -100,19 +100,26 @@ class FileImages(ImageSet):
         labels: ``(N,)`` integers in ``[0, len(class_names))``.
         class_names: Name of each class.
         image_size: Height and width that images are resized to (bilinear, antialiased) if they differ.
+        grey: Read one channel instead of three.
     """
 
     def __init__(
-        self, root: Path, paths: Sequence[str], labels: Tensor, class_names: Sequence[str], image_size: int
+        self,
+        root: Path,
+        paths: Sequence[str],
+        labels: Tensor,
+        class_names: Sequence[str],
+        image_size: int,
+        grey: bool = False,
     ) -> None:
         self.root = root
         self.paths = np.array(paths, dtype=np.str_)  # one block of memory that forked workers share
         self.labels = _checked_labels(labels, len(paths), class_names)
         self.class_names = tuple(class_names)
-        self.image_shape = (3, image_size, image_size)
+        self.image_shape = (1 if grey else 3, image_size, image_size)
 
     def read(self, positions: Tensor) -> Tensor:
-        """Return the images at ``positions`` ``(B,)`` as ``(B, 3, H, W)`` uint8.
+        """Return the images at ``positions`` ``(B,)`` as ``(B, C, H, W)`` uint8, C being 3, or 1 if they are grey.
 
         Raises:
             ValueError: If a file is not a readable image; the message names it.
@@ -122,7 +129,8 @@ class FileImages(ImageSet):
     def select(self, positions: Tensor) -> "FileImages":
         """Return the set of the files at ``positions``."""
         paths = [str(path) for path in self.paths[positions.numpy()]]
-        return FileImages(self.root, paths, self.labels[positions], self.class_names, self.image_shape[1])
+        labels, (channels, size, _) = self.labels[positions], self.image_shape
+        return FileImages(self.root, paths, labels, self.class_names, size, grey=channels == 1)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of relative paths, file sizes, labels and the image size."""
@@ -147,7 +155,8 @@ class FileImages(ImageSet):
         return TensorImages(images, self.labels, self.class_names)
 
     def _read_one(self, position: int) -> Tensor:
-        return read_image(self.root / str(self.paths[position]), self.image_shape[1])
+        channels, size, _ = self.image_shape
+        return read_image(self.root / str(self.paths[position]), size, grey=channels == 1)
 
 
 def hold(images: ImageSet, in_memory: bool | None) -> ImageSet:

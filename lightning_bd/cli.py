@@ -19,6 +19,7 @@ from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.commands import CommandTrainer
 from lightning_bd.commands.arguments import expand_arguments
 from lightning_bd.commands.defend import DefenseFailedError
+from lightning_bd.commands.poisoned_copy import PoisonFailedError
 from lightning_bd.commands.score import DetectorFailedError
 from lightning_bd.config_files import ConfigError, expand_configs
 from lightning_bd.phase_callbacks import NonFiniteLossError
@@ -37,16 +38,18 @@ _NOISE = (
 )
 
 # Errors that explain themselves; others may be a bug, which needs its place.
-_FAILED = (NonFiniteLossError, DefenseFailedError, DetectorFailedError)
+_FAILED = (NonFiniteLossError, DefenseFailedError, DetectorFailedError, PoisonFailedError)
 _EXPECTED = (MisconfigurationException, ConfigError, CheckpointError, *_FAILED)
 
 
-_OURS = ("defend", "filter", "interpolate", "landscape", "score", "sharpness")
+_OURS = ("defend", "filter", "interpolate", "landscape", "poison", "preview", "score", "sharpness")
 _USAGE = {
     "defend": "--ckpt_path CKPT [--config NAME_OR_FILE] [--defenses NAME ...] [options]",
     "filter": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detector NAME] [--keep SHARE] [options]",
     "interpolate": "A.ckpt B.ckpt [--config NAME_OR_FILE] [options]",
     "landscape": "CKPT [--config NAME_OR_FILE] [options]",
+    "poison": "--config NAME_OR_FILE --output FOLDER [--phase NAME] [options]",
+    "preview": "--config NAME_OR_FILE [--images NUMBER] [--output FILE] [options]",
     "score": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detectors NAME ...] [--ood.NAME FOLDER ...] [options]",
     "sharpness": "CKPT [--config NAME_OR_FILE] [options]",
     "test": "--config NAME_OR_FILE --ckpt_path CKPT [options]",

@@ -19,6 +19,7 @@ from lightning_bd.commands.defend import (
 from lightning_bd.commands.detection import DetectionTrainer
 from lightning_bd.commands.interpolate import interpolate
 from lightning_bd.commands.landscape import landscape
+from lightning_bd.commands.poison import PoisonTrainer
 from lightning_bd.commands.sharpness import sharpness
 from lightning_bd.functional.digest import weights_sha256
 from lightning_bd.phase_measurement import copy_state
@@ -30,7 +31,7 @@ from lightning_bd.results_table import print_results, wide_console
 __all__ = ("CommandTrainer",)
 
 
-class CommandTrainer(DetectionTrainer):
+class CommandTrainer(DetectionTrainer, PoisonTrainer):
     """Runs phases, defenses and measurements: the Trainer of the command line, a method for each command."""
 
     def defend(
@@ -230,12 +231,6 @@ class CommandTrainer(DetectionTrainer):
             for row in rows:
                 table.add_row(*row.values())
             wide_console().print(table)
-
-    def _refuse_fresh(self) -> None:
-        if self.fresh:
-            raise MisconfigurationException(
-                "`--fresh` is for `fit` and `defend`, which go on in their folders; this command writes its own anew."
-            )
 
 
 def _run_of(checkpoint: Path) -> str:

@@ -1,5 +1,6 @@
 """Any tree of one folder per class."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from lightning_bd.datamodules import ImageFolderDataModule
+from lightning_bd.datamodules.image_tree import ImageTreeWriter, folder_names
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import BadNets
 
@@ -117,3 +119,80 @@ def test_there_is_no_download(root: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         ImageFolderDataModule(root, download=True)
+
+
+@pytest.fixture
+def ordered(tmp_path: Path) -> Path:
+    """Write eight grey images whose order is not that of their names."""
+    writer = ImageTreeWriter(tmp_path / "tree", ("b", "a"), (1, 6, 6))
+    for part in ("train", "test"):
+        images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 1, 6, 6)
+        writer.add(part, images, torch.tensor([1, 0, 1, 0]), torch.tensor([2, 9, 1, 0]))
+    writer.finish()
+    return tmp_path / "tree"
+
+
+def test_reads_a_written_tree_in_its_order(ordered: Path) -> None:
+    data = ImageFolderDataModule(ordered)
+    assert data.image_shape == (1, 6, 6)
+    assert data.image_size == 6
+    assert data.train_images.class_names == ("0_b", "1_a")
+    for images in (data.train_images, data.test_images):
+        assert images.image_shape == (1, 6, 6)
+        assert images.labels.tolist() == [1, 0, 1, 0]
+        assert images.read(torch.arange(4))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    streamed = ImageFolderDataModule(ordered, in_memory=False)
+    chosen = streamed.train_images.select(torch.tensor([2, 0]))
+    assert chosen.read(torch.arange(2))[:, 0, 5, 5].tolist() == [2, 0]
+    assert chosen.image_shape == (1, 6, 6)
+    assert streamed.fingerprint() == data.fingerprint()
+    assert ImageFolderDataModule(ordered, image_size=12).image_shape == (1, 12, 12)
+    (ordered / "images.json").unlink()
+    plain = ImageFolderDataModule(ordered)
+    assert plain.image_shape == (3, 32, 32)
+    assert plain.train_images.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_refuses_a_tree_that_is_not_the_listed_one(ordered: Path) -> None:
+    order, stray = ordered / "images.json", ordered / "train" / "0_b" / "x.png"
+    found = json.loads(order.read_text())
+    files = found["train"]
+    for text, message in (
+        (json.dumps({**found, "train": [*files, "1_a/7.png"]}), "train/1_a/7.png is not there .*; 1 such files"),
+        (json.dumps({**found, "train": ["../x.png"]}), "train/../x.png is not there"),
+        (json.dumps({**found, "train": files * 2}), "it names a file of train/ twice"),
+        (json.dumps({**found, "test": [1]}), "no list of files `test`"),
+        (json.dumps([]), "no list of files `train`"),
+        (json.dumps({**found, "image_shape": [1, 6, 7]}), r"no valid `image_shape`, but \[1, 6, 7\]"),
+        (json.dumps({**found, "image_shape": [1, 10**6, 10**6]}), "no valid `image_shape`"),
+        (json.dumps({**found, "image_shape": None}), "no valid `image_shape`, but None"),
+        ("{", "order of the images cannot be read: .* Restore it, or remove it"),
+    ):
+        order.write_text(text)
+        with pytest.raises(MisconfigurationException, match=message):
+            ImageFolderDataModule(ordered).setup()
+    order.write_text(json.dumps(found))
+    stray.touch()
+    with pytest.raises(MisconfigurationException, match=r"train/0_b/x.png is not in the list .*; 1 such files"):
+        ImageFolderDataModule(ordered).setup()
+
+
+def test_refuses_a_tree_that_was_not_written_to_its_end(ordered: Path) -> None:
+    (ordered / "INCOMPLETE").touch()
+    with pytest.raises(MisconfigurationException, match="it was not written to its end, and has a file INCOMPLETE"):
+        ImageFolderDataModule(ordered).setup()
+
+
+def test_names_of_folders_keep_the_order_of_classes() -> None:
+    for names, expected in (
+        (("a", "b c"), ["a", "b c"]),
+        (("b", "a"), ["0_b", "1_a"]),
+        (("a", "a/b"), ["0_a", "1_a_b"]),
+        (("A", "a"), ["0_A", "1_a"]),
+        ((".a", "b"), ["0__a", "1_b"]),
+        (("", "b"), ["0_", "1_b"]),
+        (("x" * 300, "y"), ["0_" + "x" * 100, "1_y"]),
+    ):
+        assert folder_names(names) == expected
+        assert sorted(folder_names(names)) == expected
+    assert folder_names([str(label) for label in range(11)])[-1] == "10_10"
