@@ -16,7 +16,7 @@ from torch.nn import functional as F
 SCRIPT = Path(__file__).with_name("ddp_sam.py")
 NAMES = ("sam", "sam accumulated", "m-sam", "m-sam accumulated", "gsam", "looksam")
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
