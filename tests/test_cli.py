@@ -95,6 +95,7 @@ def test_a_second_config_merges_by_the_names_of_phases(lightning_bd: Command, tm
     assert resolved(run)["trainer"]["phases"]["inject"]["split"] == "inject"
 
 
+@pytest.mark.slow
 def test_the_seed_is_the_runs(lightning_bd: Command, tmp_path: Path) -> None:
     def weights(folder: str) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = torch.load(tmp_path / folder / "00_inject/final.ckpt")["state_dict"]

@@ -121,6 +121,7 @@ def test_no_folder_is_a_top_level_package(folder: str, tmp_path: Path) -> None:
     assert f"ModuleNotFoundError: No module named '{folder}'" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_packages_are_importable_from_anywhere(tmp_path: Path) -> None:
     names = ", ".join(SETUPTOOLS["packages"])
     done = subprocess.run(

@@ -78,6 +78,7 @@ def test_sharpness_of_clean_and_triggered_images(lightning_bd: Command, trained:
     check_figure(tmp_path / "out" / "sharpness" / "00_inject" / "sharpness.png")
 
 
+@pytest.mark.slow
 def test_without_a_manifest_only_clean_images(lightning_bd: Command, trained: Path, tmp_path: Path) -> None:
     state = read_checkpoint(trained / "00_inject" / "final.ckpt")["state_dict"]
     torch.save({"state_dict": state}, tmp_path / "foreign.ckpt")
@@ -93,6 +94,7 @@ def test_without_a_manifest_only_clean_images(lightning_bd: Command, trained: Pa
     assert all(float(row["attack_success_rate"]) >= 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_other_architectures_and_broken_weights_are_refused(
     lightning_bd: Command, trained: Path, tmp_path: Path
 ) -> None:

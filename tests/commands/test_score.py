@@ -95,6 +95,7 @@ def test_a_checkpoint_is_scored(lightning_bd: Command, static_run: Path, tmp_pat
     assert pq.read_table(folder / "scores.parquet").column_names[-2:] == ["odin", "msp"]
 
 
+@pytest.mark.slow
 def test_a_detector_that_fails_does_not_lose_the_others(
     lightning_bd: Command, static_run: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_suspicious_images_are_left_out_and_the_model_trained_again(
     assert "beside the 36 that were before" in more.out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_filtered(lightning_bd: Command, trained: Path, static_run: Path, tmp_path: Path) -> None:
     out = ("--trainer.default_root_dir", tmp_path / "out")
     dynamic = lightning_bd("filter", "--ckpt_path", trained / "00_inject" / "final.ckpt", "--detector", "msp", *out)

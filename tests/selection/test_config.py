@@ -72,6 +72,7 @@ def _of_class_3() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("selection", [None, list(range(300))])
+@pytest.mark.slow
 def test_the_older_forms_parse(lightning_bd: Command, selection: list[int] | None) -> None:
     write_config(mode="static", selection=selection)
     outcome = lightning_bd("fit", "--config", "selected.yaml", "--trainer.default_root_dir=run")
@@ -125,6 +126,7 @@ def test_the_same_images_are_poisoned_in_every_epoch(mode: PoisonMode) -> None:
         assert sorted(poisoned) == expected
 
 
+@pytest.mark.slow
 def test_a_surrogate_in_a_config(lightning_bd: Command, cache: Path) -> None:
     surrogate = {"backbone": "lightning_bd.backbones.small_cnn", "epochs": 1}
     scorer = {"class_path": "lightning_bd.selection.LossScore", "init_args": {"surrogate": surrogate}}
