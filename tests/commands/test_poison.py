@@ -82,6 +82,7 @@ def pixels(path: Path) -> Tensor:
     ],
     ids=["dynamic", "covers"],
 )
+@pytest.mark.slow
 def test_fit_on_the_folder_equals_fit_in_memory(lightning_bd: Command, tmp_path: Path, poison: str) -> None:
     text = Path("small.yaml").read_text()
     start = text.index("    poison:\n")

@@ -183,6 +183,7 @@ def test_what_cannot_be_scored(
     ).check_refused(words)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_suspicious_images_are_left_out_and_the_model_trained_again(
     lightning_bd: Command, static_run: Path, tmp_path: Path
 ) -> None:
