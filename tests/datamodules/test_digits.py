@@ -1,5 +1,6 @@
 """Digits against scikit-learn."""
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
@@ -38,3 +39,18 @@ def test_labels_belong_to_their_images() -> None:
 def test_not_augmented_unless_asked() -> None:
     assert DigitsDataModule().augment == "none"
     assert DigitsDataModule(augment="crop").augment == "crop"
+
+
+def test_enlarged_images_keep_label_and_mean() -> None:
+    small, large = DigitsDataModule(), DigitsDataModule(image_size=32)
+    assert large.image_shape == (1, 32, 32)
+    assert torch.equal(small.train_images.labels, large.train_images.labels)
+    positions = torch.arange(20)
+    means = [data.train_images.read(positions).float().mean((1, 2, 3)) for data in (small, large)]
+    # Bilinear weights at the border differ.
+    assert (means[0] - means[1]).abs().max() < 2
+
+
+def test_too_small_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="`image_size` to be an integer of at least 8, but got 4"):
+        DigitsDataModule(image_size=4)
