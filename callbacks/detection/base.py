@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_bd.callbacks.detection.features import Head
 from lightning_bd.callbacks.detection.hooks import DetectorHooks
-from lightning_bd.functional.digest import weights_sha256
 from lightning_bd.functional.modes import mode, without_parameter_gradients
 
 __all__ = ("DatasetDetector", "Detector", "FeatureDetector", "InputDetector")
@@ -85,25 +84,24 @@ class Detector(DetectorHooks, ABC):
         """Forget what was fitted."""
         self.fitted, self._weights = {}, None
 
-    def note_fit(self, model: nn.Module, source: object) -> None:
+    def note_fit(self, weights: str, source: object) -> None:
         """Remember what it was fitted to.
 
         Args:
-            model: The model, with the weights that it has now.
+            weights: Digest of the model's weights.
             source: Where the data came from.
         """
-        self._weights, self._source = weights_sha256(model.state_dict()), source
+        self._weights, self._source = weights, source
 
-    def knows(self, model: nn.Module, source: object) -> bool:
-        """Return whether it was fitted to the weights that ``model`` has now, on data of ``source``.
+    def knows(self, weights: str, source: object) -> bool:
+        """Return whether it was fitted to a model of these weights, on data of ``source``.
 
         Args:
-            model: The model.
+            weights: Digest of the model's weights.
             source: Where the data would come from; not compared where the fit was loaded.
         """
-        if not self.fitted or self._weights is None or not (self._source is _UNKNOWN or self._source is source):
-            return False
-        return self._weights == weights_sha256(model.state_dict())
+        same_source = self._source is _UNKNOWN or self._source is source
+        return bool(self.fitted) and self._weights == weights and same_source
 
     def _require_fit(self) -> None:
         if not self.is_ready:

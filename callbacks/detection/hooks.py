@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
-from lightning_bd.batch import RawBatch
+from lightning_bd.callbacks.detection.loaders import (
+    datamodule_of,
+    fit_batches,
+    images_of,
+    named_loaders,
+    parts_of,
+    set_names,
+)
 from lightning_bd.callbacks.detection.processes import gather_over_processes
 from lightning_bd.functional.detection import detection_metrics
 
@@ -47,6 +51,7 @@ class DetectorHooks(Callback):
         #: Set -> its scores, after a test or prediction has ended.
         self.scores: dict[str, SetScores] = {}
         self._session: ScoringSession | None = None
+        self._names: list[str] = []
         self._exits = ExitStack()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +124,7 @@ class DetectorHooks(Callback):
         detectors = _detectors(trainer)
         if detectors[0] is not self:
             return
-        names = _set_names(trainer)
+        names = self._names = set_names(trainer)
         wanted = {d.in_distribution for d in detectors} - {None, *names}
         if wanted and trainer.testing:
             raise MisconfigurationException(
@@ -145,9 +150,7 @@ class DetectorHooks(Callback):
             # A loader draws from the global stream.
             with isolate_rng():
                 name = type(self).__name__
-                session.fit(
-                    lambda source: _fit_batches(trainer, pl_module, source, name), origin=_datamodule_of(trainer)
-                )
+                session.fit(lambda source: fit_batches(trainer, pl_module, source, name), origin=datamodule_of(trainer))
             session.open()
             self._session, self._exits = session, exits.pop_all()
 
@@ -157,8 +160,8 @@ class DetectorHooks(Callback):
     def _take(self, trainer: Trainer, batch: object, number: int, *, judge: bool) -> None:
         if self._session is None:
             return
-        images, labels, index, poisoned = _parts(batch)
-        if judge and len(_set_names(trainer)) == 1 and poisoned is None:
+        images, labels, index, poisoned = parts_of(batch)
+        if judge and len(self._names) == 1 and poisoned is None:
             raise MisconfigurationException(
                 f"`{type(self).__name__}` needs something to tell apart: test with several loaders, the first of them"
                 " in-distribution, or with batches that say `is_poisoned`. To score only, use `Trainer.predict`."
@@ -168,12 +171,12 @@ class DetectorHooks(Callback):
     def _collect(self, trainer: Trainer) -> None:
         if self._session is None:
             return
-        names = _set_names(trainer)
+        names = self._names
         missing = [name for number, name in enumerate(names) if number not in self._session.numbers]
         if missing and trainer.testing:
             raise MisconfigurationException(f"The test set `{missing[0]}` has no image to score.")
         for number in self._session.numbers:
-            known = _images_of(_loaders(trainer)[number][1], trainer.world_size)
+            known = images_of(named_loaders(trainer)[number][1], trainer.world_size)
             for detector, scores in self._session.result(number).items():
                 detector.scores[names[number]] = _gathered(scores, trainer.strategy.root_device, known)
 
@@ -210,57 +213,6 @@ def _numbered(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _loaders(trainer: Trainer) -> list[tuple[str, object]]:
-    """Return the loaders of a test or prediction with the names of their places in dictionaries and lists."""
-    return list(_flat("", trainer.test_dataloaders if trainer.testing else trainer.predict_dataloaders))
-
-
-def _flat(name: str, loaders: object) -> Iterator[tuple[str, object]]:
-    if isinstance(loaders, Mapping):
-        for key, each in loaders.items():
-            yield from _flat(f"{name}/{key}" if name else str(key), each)
-    elif isinstance(loaders, list | tuple):
-        for number, each in enumerate(loaders):
-            yield from _flat(f"{name}/{number}" if name else f"set{number}", each)
-    else:
-        yield name or "set0", loaders
-
-
-def _set_names(trainer: Trainer) -> list[str]:
-    names = [name for name, _ in _loaders(trainer)]
-    given = getattr(_datamodule_of(trainer), "test_set_names", None) if trainer.testing else None
-    return list(given) if given is not None and len(given) == len(names) else names
-
-
-def _datamodule_of(trainer: Trainer) -> LightningDataModule | None:
-    """Return the datamodule of this call; ``trainer.datamodule`` may be that of an earlier one."""
-    selector: Any = trainer._data_connector._datahook_selector
-    datamodule: LightningDataModule | None = None if selector is None else selector.datamodule
-    return datamodule
-
-
-def _images_of(loader: object, processes: int) -> int | None:
-    """Return the number of images of a loader whose sampler repeats some so that all processes have equally many."""
-    if processes == 1 or not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized):
-        return None
-    return len(loader.dataset)
-
-
-def _parts(batch: object) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return images, labels, positions in the data set and flags of a batch; unknown labels are -1."""
-    if isinstance(batch, Tensor):
-        return batch, torch.full((len(batch),), -1), None, None
-    if not isinstance(batch, Sequence) or not batch or not isinstance(batch[0], Tensor):
-        raise MisconfigurationException(
-            f"Detectors take batches of images and labels, `batch[0]` and `batch[1]`, but got {type(batch).__name__}."
-        )
-    images, labels = batch[0], batch[1] if len(batch) > 1 else None
-    if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.is_floating_point():
-        labels = torch.full((len(images),), -1)
-    index = getattr(batch, "index", None)
-    return images, labels, index if isinstance(index, Tensor) else None, getattr(batch, "is_poisoned", None)
-
-
 def _gathered(scores: SetScores, device: torch.device, known: int | None) -> SetScores:
     """Return the scores of all processes, without what a sampler has repeated."""
 
@@ -277,52 +229,3 @@ def _gathered(scores: SetScores, device: torch.device, known: int | None) -> Set
         poisoned=None if scores.poisoned is None else gather(scores.poisoned)[real],
         score=gather(scores.score)[real],
     )
-
-
-def _fit_batches(
-    trainer: Trainer, pl_module: LightningModule, source: Iterable[Any] | None, name: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels to fit on, on the module's device and in its precision; each process gets its share."""
-    datamodule = _datamodule_of(trainer)
-    if source is None:
-        make = getattr(datamodule, "clean_fit_dataloader", None)
-        if make is None:
-            raise MisconfigurationException(
-                f"`{name}` needs clean data to fit on. Pass `dataloader=...`, or test with a datamodule that has"
-                " `clean_fit_dataloader()`."
-            )
-        loader: Iterable[Any] = _share(make(), trainer)
-    else:
-        loader = _share(source, trainer)
-    convert = trainer.precision_plugin.convert_input
-    for batch in loader:
-        # A loader of the user's own knows nothing of the datamodule, unless it is one of the datamodule's.
-        theirs = source is None or isinstance(batch, RawBatch)
-        before, transfer, after = _transfer_hooks(pl_module, datamodule if theirs else None)
-        images, labels, _, _ = _parts(after(transfer(before(batch, 0), pl_module.device, 0), 0))
-        if bool((labels < 0).any()):
-            raise MisconfigurationException(
-                f"`{name}` is fitted on images and their labels, `batch[1]` being (B,) integers, but got none."
-            )
-        yield convert(images), labels
-
-
-def _share(source: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
-    """Return this process's batches of a loader that does not share them out itself."""
-    sampler = getattr(source, "sampler", None)
-    if trainer.world_size == 1 or isinstance(sampler, DistributedSampler) or hasattr(source, "place"):
-        return source
-    if isinstance(source, Sized) and len(source) < trainer.world_size:
-        raise MisconfigurationException(
-            f"There are {len(source)} batches to fit on for {trainer.world_size} processes. Use smaller batches."
-        )
-    return islice(source, trainer.global_rank, None, trainer.world_size)
-
-
-def _transfer_hooks(pl_module: LightningModule, datamodule: LightningDataModule | None) -> list[Any]:
-    """Return the hooks that finish a batch, of whom Lightning would call them."""
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    return [
-        getattr(datamodule if datamodule is not None and is_overridden(hook, datamodule) else pl_module, hook)
-        for hook in hooks
-    ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_bd.callbacks.detection.base import DatasetDetector, Detector, FeatureDetector, InputDetector
 from lightning_bd.callbacks.detection.features import Features, FeatureTap
 from lightning_bd.callbacks.detection.processes import gather_over_processes, share_of_process
+from lightning_bd.functional.digest import weights_sha256
 from lightning_bd.functional.modes import mode
 
 __all__ = ("Batches", "ScoringSession", "SetScores")
@@ -109,7 +110,11 @@ class ScoringSession:
         def source_of(detector: Detector) -> object:
             return origin if detector.dataloader is None else detector.dataloader
 
-        waiting = [d for d in self._detectors if d.needs_fit and not d.knows(self._model, source_of(d))]
+        fitted = [d for d in self._detectors if d.needs_fit]
+        if not fitted:
+            return
+        weights = weights_sha256(self._model.state_dict())
+        waiting = [d for d in fitted if not d.knows(weights, source_of(d))]
         features = [d for d in waiting if isinstance(d, FeatureDetector)]
         for source in {id(d.dataloader): d.dataloader for d in features}.values():
             self._fit_features([d for d in features if d.dataloader is source], batches(source))
@@ -117,7 +122,8 @@ class ScoringSession:
             if isinstance(detector, InputDetector):
                 self._attempt(detector, partial(self._fit_input, detector, batches))
         for detector in waiting:
-            detector.note_fit(self._model, source_of(detector))
+            if detector in self._detectors:
+                detector.note_fit(weights, source_of(detector))
 
     def open(self) -> None:
         """Start to look at the model's forward passes."""

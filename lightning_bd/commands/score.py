@@ -95,7 +95,9 @@ class Scoring:
             for each in sets
             if each == TRAIN or not isinstance(detector, DatasetDetector)
         }
-        keys = {place: self._key(place[0], detectors[place[0]], place[1], sets[place[1]]) for place in wanted}
+        # Of files, a fingerprint asks the disk for each.
+        prints = {each: loader.images.fingerprint() for each, loader in sets.items()}
+        keys = {(name, each): self._key(name, detectors[name], each, sets[each], prints[each]) for name, each in wanted}
         waiting = {place for place in wanted if self._key_of(*place) != keys[place]}
         shared = {name: d for name, d in detectors.items() if not isinstance(d, InputDetector)}
         shared = {name: d for name, d in shared.items() if any(place[0] == name for place in waiting)}
@@ -208,11 +210,11 @@ class Scoring:
         chosen = torch.linspace(0, len(loader.positions) - 1, self.max_images).round().long()
         return narrowed(loader, loader.positions[chosen])
 
-    def _key(self, name: str, detector: Detector, each: str, loader: BatchLoader) -> str:
+    def _key(self, name: str, detector: Detector, each: str, loader: BatchLoader, images: str) -> str:
         options = describe({key: value for key, value in vars(detector).items() if key[0] != "_" and key not in _STATE})
         limit = min(self.max_images, len(loader.positions)) if isinstance(detector, InputDetector) else None
         positions = hashlib.sha256(loader.positions.numpy().tobytes()).hexdigest()
-        content = [name, type(detector).__qualname__, options, each, positions, loader.images.fingerprint(), limit]
+        content = [name, type(detector).__qualname__, options, each, positions, images, limit]
         return hashlib.sha256(json.dumps([content, dict(self.facts)]).encode()).hexdigest()
 
     def _part(self, name: str, each: str) -> Path:
