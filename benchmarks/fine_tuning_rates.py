@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--output", type=Path, default=Path("runs/fine_tuning_rates"))
-    parser.add_argument("--overrides", nargs="*", default=[], help="further arguments, such as --data.root=FOLDER")
+    parser.add_argument(
+        "--overrides", nargs=argparse.REMAINDER, default=[], help="last: further arguments, such as --data.root=FOLDER"
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "config.yaml"

@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--defenses", nargs="+", default=["all"])
     parser.add_argument("--output", type=Path, default=Path("runs/study_defenses"))
-    parser.add_argument("--overrides", nargs="*", default=[], help="further arguments, such as --data.root=FOLDER")
+    parser.add_argument(
+        "--overrides", nargs=argparse.REMAINDER, default=[], help="last: further arguments, such as --data.root=FOLDER"
+    )
     arguments = parser.parse_args()
     names = [UNDEFENDED, *load_defenses(arguments.defenses)]
     config = read_config(find_config(arguments.config))

@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.85)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs/study_filter"))
-    parser.add_argument("--overrides", nargs="*", default=[], help="further arguments, such as --data.root=FOLDER")
+    parser.add_argument(
+        "--overrides", nargs=argparse.REMAINDER, default=[], help="last: further arguments, such as --data.root=FOLDER"
+    )
     arguments = parser.parse_args()
     config = read_config(find_config(arguments.config))
     config["trainer"]["phases"] = {arguments.phase: config["trainer"]["phases"][arguments.phase]}

@@ -149,7 +149,12 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--lengths", type=int, nargs="+", default=[5, 20], help="epochs of fine-tuning")
     parser.add_argument("--output", type=Path, default=Path("runs/study_sbl"))
-    parser.add_argument("--overrides", nargs="*", default=[], help="further arguments, such as --trainer.max_epochs=1")
+    parser.add_argument(
+        "--overrides",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="last: further arguments, such as --trainer.max_epochs=1",
+    )
     parser.add_argument("--attacks_only", action="store_true", help="train, and defend nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what has finished")
     arguments = parser.parse_args()

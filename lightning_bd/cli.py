@@ -1,16 +1,18 @@
 """The command line: Lightning's and ours, with shipped configs by name and readable errors."""
 
+import importlib
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -21,7 +23,7 @@ from lightning_bd.commands.arguments import expand_arguments
 from lightning_bd.commands.defend import DefenseFailedError
 from lightning_bd.commands.poisoned_copy import PoisonFailedError
 from lightning_bd.commands.score import DetectorFailedError
-from lightning_bd.config_files import ConfigError, expand_configs
+from lightning_bd.config_files import ConfigError, expand_configs, merged_config, split_configs
 from lightning_bd.phase_callbacks import NonFiniteLossError
 from lightning_bd.phases import MultiPhaseTrainer
 
@@ -49,7 +51,7 @@ _USAGE = {
     "interpolate": "A.ckpt B.ckpt [--config NAME_OR_FILE] [options]",
     "landscape": "CKPT [--config NAME_OR_FILE] [options]",
     "poison": "--config NAME_OR_FILE --output FOLDER [--phase NAME] [options]",
-    "preview": "--config NAME_OR_FILE [--images NUMBER] [--output FILE] [options]",
+    "preview": "--config NAME_OR_FILE [--ckpt_path CKPT] [--images NUMBER] [--output FILE] [options]",
     "score": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detectors NAME ...] [--ood.NAME FOLDER ...] [options]",
     "sharpness": "CKPT [--config NAME_OR_FILE] [options]",
     "test": "--config NAME_OR_FILE --ckpt_path CKPT [options]",
@@ -108,7 +110,7 @@ class BackdoorCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         """Parse the arguments, with the configs found and merged."""
-        typed = expand_arguments(sys.argv[1:] if args is None else args)
+        typed = list(sys.argv[1:] if args is None else args)
         with tempfile.TemporaryDirectory() as folder:
             self.config = parser.parse_args(expand_configs(typed, Path(folder)))
 
@@ -121,6 +123,9 @@ class BackdoorCLI(LightningCLI):
         trainer.fresh = bool(config.get("fresh"))
         trainer.override_trigger = bool(config.get("override_trigger"))
         resolved = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))
+        if self._model_class is not BackdoorClassifier and "model" in resolved:
+            path = f"{self._model_class.__module__}.{self._model_class.__qualname__}"
+            resolved["model"] = {"class_path": path, "init_args": resolved["model"]}
         # The options of this one command are not the run's: other commands read the file too.
         shared = {name: resolved[name] for name in ("seed_everything", "model", "data", "trainer") if name in resolved}
         trainer.resolved_config = yaml.safe_dump(shared, sort_keys=False)
@@ -150,8 +155,9 @@ def main(args: list[str] | None = None) -> None:
             failed.
     """
     try:
+        typed = expand_arguments(sys.argv[1:] if args is None else args)
         BackdoorCLI(
-            BackdoorClassifier,
+            model_class_of(typed),
             LightningDataModule,
             trainer_class=CommandTrainer,
             subclass_mode_data=True,
@@ -159,12 +165,38 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"description": "Backdoor learning: train, make resilient, defend, measure."},
-            args=args,
+            args=typed,
         )
     except (MisconfigurationException, ValueError, FileNotFoundError) as error:
         _fail(error, 2)
-    except _FAILED as error:
+    except (*_FAILED, OSError) as error:
         _fail(error, 1)
+
+
+def model_class_of(args: Sequence[str]) -> type[LightningModule]:
+    """Return the class that the configs of a command line name under ``model.class_path``.
+
+    Args:
+        args: Arguments of ``lightning-bd``, expanded.
+
+    Returns:
+        A LightningModule; :class:`BackdoorClassifier` if none is named.
+
+    Raises:
+        ConfigError: If there is no such class.
+    """
+    model = merged_config(split_configs(args)[0]).get("model")
+    path = model.get("class_path") if isinstance(model, dict) else None
+    if path is None:
+        return BackdoorClassifier
+    module, _, name = str(path).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or "lightning_bd.attacks"), name, None)
+    except ImportError as error:
+        raise ConfigError(f"Cannot import `model.class_path` {path}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise ConfigError(f"Expected `model.class_path` to name a LightningModule, but {path} is none.")
+    return found
 
 
 def _fail(error: Exception, status: int) -> NoReturn:

@@ -17,10 +17,12 @@ __all__ = (
     "ConfigError",
     "expand_configs",
     "find_config",
+    "merged_config",
     "named_files",
     "read_config",
     "read_mapping",
     "shipped_configs",
+    "split_configs",
 )
 
 
@@ -28,16 +30,17 @@ class ConfigError(ValueError):
     """A config cannot be found or read."""
 
 
-def shipped_configs(kind: Literal["recipe", "defense", "detection"] = "recipe") -> dict[str, Path]:
+def shipped_configs(kind: Literal["recipe", "attack", "defense", "detection"] = "recipe") -> dict[str, Path]:
     """Return the configs that come with the library, by name.
 
     Args:
-        kind: Whole recipes, the phases of defenses, or detectors.
+        kind: Whole recipes, attacks to put behind one (``attack/<name>``), the phases of defenses, or detectors.
     """
     folder = Path(str(resources.files("lightning_bd.configs")))
     if kind != "recipe":
         folder /= kind
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    prefix = "attack/" if kind == "attack" else ""
+    return {f"{prefix}{path.stem}": path for path in sorted(folder.glob("*.yaml"))}
 
 
 def named_files(wanted: str | Sequence[str], shipped: Mapping[str, Path], noun: str) -> dict[str, Path]:
@@ -91,12 +94,52 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = shipped_configs()
+    shipped = shipped_configs() | shipped_configs("attack")
     if name in shipped:
         return shipped[name]
     close = difflib.get_close_matches(name, shipped, n=1)
     guess = f" Did you mean `{close[0]}`?" if close else ""
     raise ConfigError(f"There is no config `{name}`: no such file, and shipped are {', '.join(shipped)}.{guess}")
+
+
+def merged_config(names: Sequence[str]) -> dict[str, Any]:
+    """Return the content of configs, merged.
+
+    Mappings are merged key by key, phases by their names; lists and other values of a later config replace those of
+    an earlier one, and so does another class with its arguments.
+
+    Args:
+        names: Paths, or names of shipped configs.
+
+    Raises:
+        ConfigError: If one cannot be found or read, or all are attacks that change a config and are none.
+    """
+    attacks = shipped_configs("attack")
+    if names and all(name in attacks for name in names):
+        raise ConfigError(
+            f"`{names[0]}` says how to poison and nothing else: --config badnets_digits --config {names[0]}"
+        )
+    merged: dict[str, Any] = {}
+    for name in names:
+        merged = _merge(merged, read_config(find_config(name)))
+    return merged
+
+
+def split_configs(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the configs on a command line, and its other arguments.
+
+    Args:
+        args: Arguments of ``lightning-bd``.
+    """
+    names, rest = [], []
+    remaining = iter(args)
+    for argument in remaining:
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            names.append(value if equals else next(remaining, ""))
+        else:
+            rest.append(argument)
+    return names, rest
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -137,8 +180,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def expand_configs(args: list[str], folder: Path) -> list[str]:
     """Replace the command line's configs, by name or path, by their merged content.
 
-    Mappings are merged key by key, phases by their names; lists and other values of a later config replace those of
-    an earlier one. The run's folder is ``runs/<name of the first config>`` unless a config or the command line says.
+    The run's folder is ``runs/<name of the first config>``, with the names of shipped attacks behind it, unless a
+    config or the command line says. ``model.class_path`` is left out: it says which parser there is.
 
     Args:
         args: Arguments of ``lightning-bd``.
@@ -147,26 +190,21 @@ def expand_configs(args: list[str], folder: Path) -> list[str]:
     Returns:
         The arguments with one ``--config``.
     """
-    names, rest = [], []
-    remaining = iter(args)
-    for argument in remaining:
-        option, equals, value = argument.partition("=")
-        if option in ("--config", "-c"):
-            names.append(value if equals else next(remaining, ""))
-        else:
-            rest.append(argument)
+    names, rest = split_configs(args)
     if not names:
         return rest
-    paths = [find_config(name) for name in names]
-    merged: dict[str, Any] = {}
-    for path in paths:
-        merged = _merge(merged, read_config(path))
+    merged = merged_config(names)
     _check_phase_overrides(rest, (merged.get("trainer") or {}).get("phases") or {})
-    merged.setdefault("trainer", {}).setdefault("default_root_dir", str(Path("runs") / paths[0].stem))
+    stems = [Path(name).stem for name in names]
+    attacks = [stem for name, stem in zip(names[1:], stems[1:], strict=True) if name.startswith("attack/")]
+    merged.setdefault("trainer", {}).setdefault("default_root_dir", str(Path("runs") / "-".join([stems[0], *attacks])))
+    if isinstance(model := merged.get("model"), dict):
+        model.pop("class_path", None)
+        merged["model"] = _merge(model, model.pop("init_args", None) or {})
     subcommand, *others = rest if rest else [""]
     if subcommand.startswith("-"):
         raise ConfigError(f"The subcommand comes first: lightning-bd fit --config {names[0]} ...")
-    file = folder / f"{paths[0].stem}.yaml"
+    file = folder / f"{stems[0]}.yaml"
     file.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
     return [subcommand, f"--config={file}", *others]
 

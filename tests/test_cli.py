@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.config_files import shipped_configs
 from lightning_bd.manifest import PoisonManifest
 
@@ -63,6 +65,50 @@ def test_fit_writes_the_run_and_prints_the_table(lightning_bd: Command, tmp_path
     assert "runs/small" in done.out
     # What was run can be run again from what was saved.
     assert lightning_bd("fit", "--config", run / "config.yaml", f"--trainer.default_root_dir={run}").status == 0
+
+
+class OwnClassifier(BackdoorClassifier):
+    """Counts its steps."""
+
+    steps = 0
+
+    def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        type(self).steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_config_names_the_models_class(
+    lightning_bd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("own_module")
+    monkeypatch.setattr(OwnClassifier, "__module__", "own_module")
+    monkeypatch.setattr(OwnClassifier, "steps", 0)
+    module.OwnClassifier = OwnClassifier  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_module", module)
+    Path("own.yaml").write_text("model: {class_path: own_module.OwnClassifier, init_args: {channels_last: true}}\n")
+    assert lightning_bd("fit", "--config", "small.yaml", "--config", "own.yaml", "--trainer.max_epochs=1").status == 0
+    assert OwnClassifier.steps > 0
+    # What was run can be run again from what was saved, also with an option of the command line.
+    run = tmp_path / "runs" / "small"
+    assert resolved(run)["model"]["class_path"] == "own_module.OwnClassifier"
+    assert resolved(run)["model"]["init_args"]["channels_last"] is True
+    again = lightning_bd(
+        "fit", "--config", run / "config.yaml", "--model.channels_last=false", "--trainer.max_epochs=1"
+    )
+    again.check_refused(["channels_last"])
+    assert lightning_bd("fit", "--config", "small.yaml", "--trainer.max_epochs=1").status == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nosuch.Thing", ["nosuch.Thing", "No module named"]),
+        ("lightning_bd.triggers.SIG", ["LightningModule", "is none"]),
+    ],
+)
+def test_an_unknown_class_of_the_model_is_refused(lightning_bd: Command, path: str, words: list[str]) -> None:
+    Path("own.yaml").write_text(f"model: {{class_path: {path}}}\n")
+    lightning_bd("fit", "--config", "small.yaml", "--config", "own.yaml").check_refused(words)
 
 
 @pytest.mark.parametrize(
