@@ -10,7 +10,9 @@ from lightning_bd.selection.loss_score import LossScore
 from lightning_bd.selection.mean_typicality import MeanTypicality
 from lightning_bd.selection.ood_loss import OODLoss
 from lightning_bd.selection.random import RandomSelection
+from lightning_bd.selection.self_supervised_encoder import SelfSupervisedEncoder
 from lightning_bd.selection.surrogate import Surrogate
+from lightning_bd.selection.timm_encoder import TimmEncoder
 from lightning_bd.selection.torchvision_encoder import TorchvisionEncoder
 
 __all__ = (
@@ -26,6 +28,8 @@ __all__ = (
     "RawPixels",
     "SampleScorer",
     "Selection",
+    "SelfSupervisedEncoder",
     "Surrogate",
+    "TimmEncoder",
     "TorchvisionEncoder",
 )

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_bd.cache import cache_folder
 from lightning_bd.description import Description, describe
-from lightning_bd.selection.cache import cache_folder, fingerprint, read_scores, write_scores
+from lightning_bd.selection.cache import fingerprint, read_scores, write_scores
 from lightning_bd.selection.digests import image_digests, keyed_order
 from lightning_bd.selection.encoders import Encoder
 
@@ -175,7 +176,7 @@ class Selection:
     ) -> list[float]:
         """Return the score of each row; what is no candidate has none (``nan``)."""
         key = fingerprint(self.scorer.identity(), target, digests, labels, indices, candidates)
-        path = (self._folder or cache_folder()) / f"{type(self.scorer).__name__}-{key}.csv"
+        path = (self._folder or cache_folder("selection")) / f"{type(self.scorer).__name__}-{key}.csv"
         rows = candidates.nonzero().flatten()
         found = read_scores(path, indices[rows], labels[rows])
         self.table = path

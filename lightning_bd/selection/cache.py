@@ -5,8 +5,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_bd.cache import write_whole
 from lightning_bd.description import Description
 
-__all__ = ("cache_folder", "fingerprint", "read_scores", "write_scores")
+__all__ = ("fingerprint", "read_scores", "write_scores")
 
 _COLUMNS = ["index", "label", "score", "rank"]
 #: Part of every fingerprint; to be raised when the same arguments give other scores.
 _VERSION = 1
-
-
-def cache_folder() -> Path:
-    """Return where tables lie by default: ``$LIGHTNING_BD_CACHE/selection`` or ``~/.cache/lightning_bd/selection``."""
-    root = os.environ.get("LIGHTNING_BD_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "lightning_bd") / "selection"
 
 
 def fingerprint(
@@ -73,14 +66,7 @@ def write_scores(path: Path, indices: Tensor, labels: Tensor, scores: Tensor) ->
     writer.writerow(_COLUMNS)
     columns = (indices[order].tolist(), labels[order].tolist(), ordered.tolist(), ranks.tolist())
     writer.writerows(zip(*columns, strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda file: file.write_text(text.getvalue(), encoding="utf-8", newline=""))
 
 
 def read_scores(path: Path, indices: Tensor, labels: Tensor) -> Tensor | None:

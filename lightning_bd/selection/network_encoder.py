@@ -6,7 +6,9 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_bd.description import Description, describe
@@ -102,6 +104,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: A ``state_dict``, or a mapping that has one under ``state_dict``; ``module.`` before names is dropped.
+            Read as safetensors if it is called so, else as ``torch.save`` writes.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -109,19 +112,34 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     _check_there(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _read(path)
     except pickle.UnpicklingError:
         raise ValueError(
             f"Refused to load {path}: it holds more than tensors and plain values, so that loading it could run code "
             "of whoever made it. Nothing was executed."
         ) from None
     # What torch.load raises for files that are cut or have wrong bytes.
-    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ValueError(f"Cannot read the encoder weights {path}: the file is broken.") from error
     saved = found.get("state_dict", found) if isinstance(found, Mapping) else None
     if not isinstance(saved, Mapping) or not saved or not all(isinstance(value, Tensor) for value in saved.values()):
         raise ValueError(f"The encoder weights {path} are no `state_dict`: names and tensors.")
     return {str(name).removeprefix("module."): tensor for name, tensor in saved.items()}
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(network: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:

@@ -29,6 +29,7 @@ class Surrogate:
         batch_size: Images per step, at least 2.
         seed: Of initial weights and order.
         device: Where to train.
+        backbone_arguments: Further arguments of ``backbone``, such as ``width: 16`` of the residual networks.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -43,7 +44,7 @@ class Surrogate:
 
     def __init__(
         self,
-        backbone: Callable[[int, int], nn.Module] = resnet18,
+        backbone: Callable[..., nn.Module] = resnet18,
         epochs: int = 30,
         lr: float = 0.01,
         momentum: float = 0.9,
@@ -51,6 +52,7 @@ class Surrogate:
         batch_size: int = 128,
         seed: int = 0,
         device: str = "cpu",
+        backbone_arguments: dict[str, int | float | str | bool] | None = None,
     ) -> None:
         for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 2)):
             if value < least:
@@ -62,6 +64,7 @@ class Surrogate:
         if not weight_decay >= 0:
             raise ValueError(f"Expected argument `weight_decay` to be a non-negative float, but got {weight_decay}.")
         self.backbone = backbone
+        self.backbone_arguments = dict(backbone_arguments or {})
         self.epochs = epochs
         self.lr = lr
         self.momentum = momentum
@@ -73,7 +76,13 @@ class Surrogate:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def train(self, images: Tensor, labels: Tensor, note: Callable[[Tensor, Tensor], None] | None = None) -> nn.Module:
+    def train(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        note: Callable[[Tensor, Tensor], None] | None = None,
+        perturb: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    ) -> nn.Module:
         """Train a new network; the global random streams are put back.
 
         Args:
@@ -81,6 +90,8 @@ class Surrogate:
             labels: ``(N,)`` int64.
             note: Called in each step, before the weights move, with the rows ``(B,)`` of ``images`` that the step is of
                 and the logits ``(B, K)`` that the network, in training mode, gave them; both on the CPU.
+            perturb: Called in each step with the network, its images ``(B, C, H, W)`` float32 and their labels; what it
+                returns is trained on in their place, for adversarial training.
 
         Returns:
             The network, in evaluation mode; it maps images in [0, 1] to logits.
@@ -93,9 +104,9 @@ class Surrogate:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(keyed_seed(self.seed, "surrogate"))
-            backbone = self.backbone(int(labels.max()) + 1, images.shape[1])
+            backbone = self.backbone(int(labels.max()) + 1, images.shape[1], **self.backbone_arguments)
             network = nn.Sequential(_Normalize(*self._statistics(images)), backbone).to(self._device)
-            self._fit(network, images, labels, note)
+            self._fit(network, images, labels, note, perturb)
         return network.eval()
 
     @torch.no_grad()
@@ -114,7 +125,12 @@ class Surrogate:
             return torch.cat([function(network, batch).cpu() for _, batch in self._batches(images, None)])
 
     def _fit(
-        self, network: nn.Module, images: Tensor, labels: Tensor, note: Callable[[Tensor, Tensor], None] | None
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        note: Callable[[Tensor, Tensor], None] | None,
+        perturb: Callable[[nn.Module, Tensor, Tensor], Tensor] | None,
     ) -> None:
         network.train()
         optimizer = torch.optim.SGD(
@@ -128,8 +144,9 @@ class Surrogate:
             for rows, batch in self._batches(images, order):
                 if len(rows) == 1:
                     continue
-                logits = network(batch)
-                loss = F.cross_entropy(logits, labels[rows].to(self._device))
+                wanted = labels[rows].to(self._device)
+                logits = network(batch if perturb is None else perturb(network, batch, wanted))
+                loss = F.cross_entropy(logits, wanted)
                 if note is not None:
                     note(rows, logits.detach().cpu())
                 optimizer.zero_grad(set_to_none=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_bd.cache import cache_folder
 from lightning_bd.selection import KNNTypicality, MeanTypicality, RawPixels, SampleScorer, Selection
-from lightning_bd.selection.cache import cache_folder, read_scores, write_scores
+from lightning_bd.selection.cache import read_scores, write_scores
 
 IMAGES = torch.randint(0, 256, (12, 1, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 LABELS = torch.zeros(12, dtype=torch.int64)
@@ -89,10 +90,10 @@ def test_the_users_folder_is_used(tmp_path: Path, cache: Path) -> None:
 
 
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cache_folder() == tmp_path / "cache" / "selection"
+    assert cache_folder("selection") == tmp_path / "cache" / "selection"
     monkeypatch.delenv("LIGHTNING_BD_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "lightning_bd" / "selection"
+    assert cache_folder("selection") == tmp_path / ".cache" / "lightning_bd" / "selection"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_fit_poisons_what_was_selected(lightning_bd: Command, cache: Path, mode:
     assert len(table.read_text().splitlines()) == 1 + len(_of_class_3())
 
 
+def test_a_scorer_by_itself_chooses_the_hardest(lightning_bd: Command) -> None:
+    write_config(mode="static", selection=KNN["init_args"]["scorer"])  # type: ignore[index]
+    outcome = lightning_bd("fit", "--config", "selected.yaml", "--trainer.default_root_dir=run")
+    assert outcome.status == 0, outcome.err
+    assert PoisonManifest.load(Path("run")).tensors["indices.inject"].tolist() == expected_positions()[1]
+
+
 def _of_class_3() -> torch.Tensor:
     data, _ = expected_positions()
     positions = data.positions(("inject",))

@@ -141,6 +141,18 @@ def test_identity_holds_the_recipe_but_not_the_device() -> None:
     assert LossScore(Surrogate(device="meta")).identity() == LossScore().identity()
 
 
+def test_further_arguments_of_the_backbone() -> None:
+    images, labels = digits(20)
+    narrow, wide = (
+        Surrogate(small_cnn, epochs=1, backbone_arguments={"width": width}).train(images, labels) for width in (2, 4)
+    )
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (narrow, wide)]
+    expected = [sum(p.numel() for p in small_cnn(10, 1, width=width).parameters()) for width in (2, 4)]
+    assert sizes == expected
+    one, other = (LossScore(Surrogate(small_cnn, backbone_arguments={"width": width})) for width in (2, 4))
+    assert one.identity() != other.identity()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
