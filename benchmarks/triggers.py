@@ -1,9 +1,11 @@
 """Measure how many images per second each static trigger changes on the CPU.
 
 A batch is changed again and again; turns of all triggers alternate, so that other load on the machine meets all of
-them. The first two turns of each are not counted.
+them. The first two turns of each are not counted. Beside the clock's time stands the CPU's, which other load lengthens
+less; with several threads it holds their waiting for each other too, so that it is measured on one.
 
     python benchmarks/triggers.py
+    python benchmarks/triggers.py --threads 1
 """
 
 import argparse
@@ -14,7 +16,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_bd.triggers import SIG, BadNets, Blended, BppAttack, LowFrequency, SequentialTrigger, WaNet
+from lightning_bd.triggers import (
+    SIG,
+    AdaptiveBlend,
+    BadNets,
+    Blended,
+    BppAttack,
+    LowFrequency,
+    SequentialTrigger,
+    WaNet,
+)
 
 WARM_UP = 2
 #: Images per second that each is meant to reach on two threads; none where nothing was promised.
@@ -29,12 +40,12 @@ TARGETS = {
 }
 
 
-def seconds(change: Callable[[Tensor], object], images: Tensor, repeats: int) -> float:
-    """Return the seconds of one call."""
-    start = time.perf_counter()
+def seconds(change: Callable[[Tensor], object], images: Tensor, repeats: int) -> tuple[float, float]:
+    """Return the seconds of one call, the clock's and the CPU's."""
+    start, before = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         change(images)
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - start) / repeats, (time.process_time() - before) / repeats
 
 
 def main() -> None:
@@ -54,6 +65,7 @@ def main() -> None:
     changes: dict[str, Callable[[Tensor], object]] = {
         "BadNets": BadNets(),
         "Blended": Blended(),
+        "AdaptiveBlend": AdaptiveBlend(),
         "SIG": SIG(),
         "WaNet": warp,
         "WaNet, cover": lambda batch: warp.cover(batch, generator),
@@ -63,16 +75,18 @@ def main() -> None:
         "BppAttack, dithering": BppAttack(dithering=True),
         "SequentialTrigger, Blended and BadNets": SequentialTrigger([Blended(), BadNets()]),
     }
-    turns: dict[str, list[float]] = {name: [] for name in changes}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in changes}
     for _ in range(arguments.turns + WARM_UP):
         for name, change in changes.items():
             turns[name].append(seconds(change, images, arguments.repeats))
     print(f"batch {arguments.batch_size} x 3 x {arguments.size} x {arguments.size}, {arguments.threads} threads")
     for name, values in turns.items():
-        speeds = [arguments.batch_size / value for value in values[WARM_UP:]]
+        speeds = [arguments.batch_size / clock for clock, _ in values[WARM_UP:]]
+        per_cpu = statistics.median(arguments.batch_size / cpu for _, cpu in values[WARM_UP:])
         target = f", target {TARGETS[name]:,}" if name in TARGETS else ""
         print(
-            f"{name:40s} {statistics.median(speeds):11,.0f} images/s ({min(speeds):,.0f} to {max(speeds):,.0f}{target})"
+            f"{name:40s} {statistics.median(speeds):11,.0f} images/s "
+            f"({min(speeds):,.0f} to {max(speeds):,.0f}{target}), {per_cpu:,.0f} per second of the CPU"
         )
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_bd.batch import BatchContext, RawBatch, Sample
+from lightning_bd.batch import AttackBatch, BatchContext, RawBatch, Sample
 from lightning_bd.datamodules.defender import DefenderView
 from lightning_bd.datamodules.excluded import excluded_positions
 from lightning_bd.datamodules.images import ImageSet, hold
@@ -94,6 +94,9 @@ class ImageDataModule(LightningDataModule):
         self.exclude = exclude
         self.phase = PhaseData(poison=poison.mode if poison is not None else None)
         self.reference: PhaseData | None = None
+        #: Whether batches of the current phase's dynamic poison are :class:`~lightning_bd.batch.AttackBatch`; set by a
+        #: model that trains the trigger, for the time of its fit.
+        self.keeps_clean_images = False
         self._train: ImageSet | None = None
         self._test: ImageSet | None = None
         self._cut: TrainingSplits | None = None
@@ -167,6 +170,14 @@ class ImageDataModule(LightningDataModule):
         self.poison = poison
         self._training_splits.forget_poison()
 
+    def learn_trigger(self) -> None:
+        """Let the attacker learn a trigger that is made from images, if no poisoned phase was there to do so before.
+
+        From all splits but ``val``.
+        """
+        if self.poison is not None:
+            self._training_splits.learn_trigger(self.poison, ())
+
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of the training set, computed once; ``in_memory`` does not change it."""
         if self._source is None:
@@ -205,10 +216,12 @@ class ImageDataModule(LightningDataModule):
     def val_dataloader(self) -> list[BatchLoader]:
         """Return clean and triggered loaders of the split ``val``; none without such a split."""
         cut = self._training_splits.cut
+        self.learn_trigger()
         return self.loaders.evaluation(self.train_images, cut["val"], "val") if "val" in cut else []
 
     def test_dataloader(self) -> list[BatchLoader]:
         """Return the clean test set and, with a poison, the test images it aims at, all triggered."""
+        self.learn_trigger()
         return self.loaders.evaluation(self.test_images, torch.arange(len(self.test_images)), "test")
 
     @property
@@ -218,7 +231,7 @@ class ImageDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> BatchLoader:
         """Return the clean test set."""
-        return self.test_dataloader()[0]
+        return self.loaders.clean(self.test_images, "test")
 
     def clean_fit_dataloader(self) -> BatchLoader:
         """Return the current phase's split, clean, unshuffled, not augmented: what detectors are fitted on."""
@@ -231,6 +244,23 @@ class ImageDataModule(LightningDataModule):
             phase: The phase; of a dynamic poison nothing lies in the data set, and its images are clean.
         """
         return self._train_loader(phase, train=False)
+
+    def clean_batches(self, purpose: str, epoch: int = 0, device: torch.device | str = "cpu") -> Iterator[Sample]:
+        """Yield one epoch of the current phase's images, augmented and clean, in an order of its own.
+
+        Under several processes each gets its share.
+
+        Args:
+            purpose: What for; part of the key of order and augmentation.
+            epoch: The epoch, part of the key too.
+            device: Where the batches are made.
+        """
+        phase = replace(self.phase, name=f"{self.phase.name} ({purpose})", poison=None)
+        loader = self._train_loader(phase)
+        here = self._place()
+        loader.place = lambda: Place(epoch, here.rank, here.world_size)
+        for raw in loader:
+            yield self._rendered(raw.to(device), None)
 
     def reference_batches(
         self, device: torch.device | str = "cpu", clean: bool = False
@@ -256,7 +286,9 @@ class ImageDataModule(LightningDataModule):
         here = self._place()
         loader.place = lambda: Place(0, here.rank, here.world_size)
         for raw in loader:
-            yield self.on_after_batch_transfer(raw.to(device), 0)
+            batch = self.on_after_batch_transfer(raw.to(device), 0)
+            assert not isinstance(batch, AttackBatch), "only the current phase's batches are"
+            yield batch
 
     def defender_view(self, phase: PhaseData, validation: float = 0.2) -> DefenderView:
         """Return what a defender may see: the clean images of the phase's split and nothing else.
@@ -277,17 +309,20 @@ class ImageDataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def manifest(self, phases: tuple[PhaseData, ...] = ()) -> PoisonManifest | None:
+    def manifest(self, phases: tuple[PhaseData, ...] = (), learn: bool = True) -> PoisonManifest | None:
         """Describe the poison for whoever evaluates the model later; ``None`` without one.
 
         Args:
             phases: The phases of the run; the positions of each are listed whose images are chosen once.
+            learn: Whether a trigger that is learnt from images is learnt for it; else it is described without pixels.
         """
         if self.poison is None:
             return None
+        if learn:
+            self.learn_trigger()
         cut = self._training_splits
         fixed = [p for p in phases if p.poison == "static" or (p.poison and self.poison.is_fixed_choice)]
-        chosen = {p.name: cut.static_choice(self.poison, p.splits)[0] for p in fixed}
+        chosen = {p.name: cut.static_choice(self.poison, p.splits, p.poison == "static")[0] for p in fixed}
         dataset: dict[str, str | int] = {
             "name": type(self).__name__,
             "sha256": self.fingerprint(),
@@ -296,14 +331,22 @@ class ImageDataModule(LightningDataModule):
         }
         if len(cut.excluded):
             dataset["excluded"] = len(cut.excluded)
-        return PoisonManifest.describe(self.poison, dataset, chosen)
+        return PoisonManifest.describe(self.poison, dataset, chosen, self.image_shape)
 
-    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> Sample | tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(
+        self, batch: object, dataloader_idx: int
+    ) -> Sample | AttackBatch | tuple[Tensor, Tensor]:
         """Finish a raw batch on its device: trigger, augmentation, [0, 1]."""
         if not isinstance(batch, RawBatch):
             raise TypeError(f"Expected a batch of this datamodule's loaders, but got {type(batch).__name__}.")
-        sample = render(batch, self.poison, self._padding)
-        sample = sample._replace(image=as_precision(sample.image, self.trainer))
+        context = batch.context
+        is_trained_on = context.train and (context.phase, context.poison) == (self.phase.name, "dynamic")
+        if self.keeps_clean_images and is_trained_on:
+            finished, clean = self._rendered(batch, self.poison), self._rendered(batch, None)
+            none = batch.indices[:0]
+            rows = (none if part is None else part for part in (batch.poison_rows, batch.cover_rows))
+            return AttackBatch(*finished, clean.image, *rows)
+        sample = self._rendered(batch, self.poison)
         return sample if self.batch_format == "sample" else (sample.image, sample.label)
 
     @property
@@ -317,6 +360,10 @@ class ImageDataModule(LightningDataModule):
         return LoaderFactory(
             self.poison, self.batch_size, self.run_seed, self.augment, self._padding, self._place, self.num_workers
         )
+
+    def _rendered(self, batch: RawBatch, poison: Poison | None) -> Sample:
+        sample = render(batch, poison, self._padding)
+        return sample._replace(image=as_precision(sample.image, self.trainer))
 
     @property
     def _padding(self) -> int:
@@ -337,7 +384,13 @@ class ImageDataModule(LightningDataModule):
             return
         if self.poison is None:
             raise MisconfigurationException(f"Phase `{phase.name}` is poisoned, but `data.poison` is not set.")
+        if phase.poison == "dynamic" and self.poison.crafting is not None:
+            raise MisconfigurationException(
+                f"Phase `{phase.name}` is poisoned anew in each batch, but `data.poison.crafting` makes fixed images: "
+                "set its `poisoned: static`."
+            )
         self._training_splits.check_poison(self.poison, phase.splits)
+        self._training_splits.learn_trigger(self.poison, phase.splits)
 
     def _train_loader(self, phase: PhaseData, train: bool = True) -> BatchLoader:
         self._check_phase(phase)

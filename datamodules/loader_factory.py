@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_bd.batch import BatchContext
+from lightning_bd.datamodules.crafted import CraftedImages
 from lightning_bd.datamodules.images import ImageSet
 from lightning_bd.datamodules.loader import Augment, BatchLoader, Place
 from lightning_bd.poisoning import Poison
@@ -66,7 +67,7 @@ class LoaderFactory:
         Args:
             images: The set.
             positions: ``(N,)`` which of them.
-            name: Of the evaluation, for messages.
+            name: Of the evaluation, for messages; ``test`` are the images that an attack made elsewhere is of.
 
         Raises:
             ValueError: If the poison aims at none of them.
@@ -74,9 +75,18 @@ class LoaderFactory:
         loaders = [self.loader(images, positions, BatchContext(name))]
         if self.poison is not None:
             victims = positions[self.poison.victims(images.labels[positions])]
+            crafting = self.poison.crafting
+            made = crafting.attack_images(images.image_shape, len(images)) if crafting and name == "test" else None
+            if crafting is not None and made is None and crafting.attack_digest() is not None:
+                return loaders  # only the test images were made
+            if made is not None:
+                victims = victims[torch.isin(victims, made[0])]
             if len(victims) == 0:
                 raise ValueError(f"Expected {name} images that the attack aims at, but the poison has no victim there.")
-            loaders.append(self.loader(images, victims, BatchContext(name, "all", self.poison.mode)))
+            loader = self.loader(images, victims, BatchContext(name, "all", self.poison.mode, final=made is not None))
+            if made is not None:
+                loader.images = CraftedImages(images, *made)
+            loaders.append(loader)
         return loaders
 
     def clean(self, images: ImageSet, name: str, positions: Tensor | None = None) -> BatchLoader:

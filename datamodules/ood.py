@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_bd.batch import Sample
+from lightning_bd.batch import AttackBatch, Sample
 from lightning_bd.datamodules.base import ImageDataModule
 from lightning_bd.datamodules.images import ImageSet
 from lightning_bd.datamodules.loader import BatchLoader
@@ -140,7 +140,9 @@ class OODDataModule(LightningDataModule):
         loader.batch_size = self.batch_size or loader.batch_size
         return loader
 
-    def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> Sample | tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(
+        self, batch: object, dataloader_idx: int
+    ) -> Sample | AttackBatch | tuple[Tensor, Tensor]:
         """Finish a batch as the data set's own."""
         return self.id.on_after_batch_transfer(batch, dataloader_idx)
 

@@ -33,6 +33,7 @@ def as_precision(images: Tensor, trainer: Trainer | None) -> Tensor:
     return converted
 
 
+@torch.no_grad()
 def render(raw: RawBatch, poison: Poison | None, padding: int) -> Sample:
     """Carry out a raw batch's draws on its device.
 
@@ -68,9 +69,11 @@ def render(raw: RawBatch, poison: Poison | None, padding: int) -> Sample:
 
 def _change(images: Tensor, raw: RawBatch, trigger: Trigger) -> Tensor:
     """Put trigger and cover into their rows; uint8 images stay uint8, and the stored batch as it is."""
-    trigger.to(images.device)
+    # Parameters that were moved in inference mode could not be trained any more.
+    with torch.inference_mode(False):
+        trigger.to(images.device)
     rows, parts = [], []
-    if raw.poison_rows is not None and len(raw.poison_rows):
+    if raw.poison_rows is not None and len(raw.poison_rows) and not raw.context.final:
         clean = _as_float(images.index_select(0, raw.poison_rows))
         rows.append(raw.poison_rows)
         parts.append(_stored(trigger.attack(clean) if raw.context.poison == "all" else trigger(clean), images.dtype))

@@ -6,6 +6,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_bd.datamodules.crafted import CraftedImages, crafted
 from lightning_bd.datamodules.loader import BatchLoader
 from lightning_bd.datamodules.splits import stratified_splits
 from lightning_bd.functional.draws import keyed_generator
@@ -54,7 +55,8 @@ class TrainingSplits:
         self._keep = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, excluded, False)
         self._owner = owner
         self._read = read
-        self._static: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._static: dict[tuple[tuple[str, ...], bool], tuple[Tensor, Tensor]] = {}
+        self._crafted: dict[tuple[str, ...], Tensor] = {}
         self._check_remaining()
 
     def positions(self, names: tuple[str, ...], filtered: bool = True) -> Tensor:
@@ -85,31 +87,48 @@ class TrainingSplits:
             names: Of the splits, joined.
         """
         positions = self.positions(names, filtered=False)
+        if poison.crafting is not None:
+            poison.crafting.check(len(self.labels))
         poison.check_not_empty(self.labels[positions], positions, _joined(names))
 
-    def static_choice(self, poison: Poison, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def learn_trigger(self, poison: Poison, names: tuple[str, ...]) -> None:
+        """Let the attacker learn a trigger from the images in some splits, if it has yet to be learnt.
+
+        Args:
+            poison: The rule.
+            names: Of the splits, joined.
+        """
+        assert self._read is not None
+        positions = self.positions(names, filtered=False)
+        poison.learn(self.labels[positions], positions, self._read)
+
+    def static_choice(self, poison: Poison, names: tuple[str, ...], with_covers: bool = True) -> tuple[Tensor, Tensor]:
         """Return the images that a poison with a fixed choice changes, chosen once per union of splits.
 
         Args:
             poison: The rule.
             names: Of the splits, joined.
+            with_covers: Choose covers too; a dynamic poison draws its own.
 
         Returns:
             Sorted positions of the poisoned images and of the cover images, without those that are excluded.
         """
-        poisoned, covers = self._chosen(poison, names)
+        poisoned, covers = self._chosen(poison, names, with_covers)
         return poisoned[self._keep[poisoned]], covers[self._keep[covers]]
 
     def make_static(self, loader: BatchLoader, poison: Poison, names: tuple[str, ...]) -> None:
-        """Tell a loader which images a static poison changes.
+        """Tell a loader which images a static poison changes, and give it those that are crafted.
 
         Args:
             loader: Of the images in these splits.
             poison: The rule.
             names: Of the splits, joined.
         """
-        rows, covers = (self._mask(chosen) for chosen in self._chosen(poison, names))
+        rows, covers = (self._mask(chosen) for chosen in self._chosen(poison, names, with_covers=True))
         loader.static_rows, loader.static_covers = rows, covers
+        if poison.crafting is not None:
+            loader.images = CraftedImages(loader.images, rows.nonzero().flatten(), self._made(poison, names))
+            loader.context = loader.context._replace(final=poison.crafting.includes_trigger)
         if poison.misaligned_flags:
             positions = self.positions(names, filtered=False)
             order = torch.randperm(len(positions), generator=keyed_generator(poison.seed, "misaligned"))
@@ -125,18 +144,30 @@ class TrainingSplits:
             poison: The rule.
             names: Of the splits, joined.
         """
-        loader.poison = poison.fixed(self._chosen(poison, names)[0])
+        loader.poison = poison.fixed(self._chosen(poison, names, with_covers=False)[0])
 
     def forget_poison(self) -> None:
         """Choose anew when asked next: the poison is another one."""
         self._static.clear()
+        self._crafted.clear()
 
-    def _chosen(self, poison: Poison, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        key = tuple(sorted(names))
+    def _chosen(self, poison: Poison, names: tuple[str, ...], with_covers: bool) -> tuple[Tensor, Tensor]:
+        ordered = tuple(sorted(names))
+        key = (ordered, with_covers)
         if key not in self._static:
-            positions = self.positions(key, filtered=False)
-            self._static[key] = poison.choose(self.labels[positions], positions, _joined(key), self._read)
+            positions = self.positions(ordered, filtered=False)
+            labels, name = self.labels[positions], _joined(ordered)
+            self._static[key] = poison.choose(labels, positions, name, self._read, with_covers)
         return self._static[key]
+
+    def _made(self, poison: Poison, names: tuple[str, ...]) -> Tensor:
+        ordered = tuple(sorted(names))
+        if ordered not in self._crafted:
+            assert self._read is not None
+            positions = self.positions(ordered, filtered=False)
+            chosen = self._chosen(poison, ordered, with_covers=True)[0]
+            self._crafted[ordered] = crafted(poison, chosen, positions, self.labels[positions], self._read)
+        return self._crafted[ordered]
 
     def _mask(self, chosen: Tensor) -> Tensor:
         return torch.zeros(len(self.labels), dtype=torch.bool).index_fill_(0, chosen, True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ("BatchContext", "PoisonMode", "RawBatch", "Sample")
+__all__ = ("AttackBatch", "BatchContext", "PoisonMode", "RawBatch", "Sample")
 
 PoisonMode = Literal["static", "dynamic"]
 
@@ -30,6 +30,33 @@ class Sample(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
+class AttackBatch(NamedTuple):
+    """A finished training batch for a model that trains its trigger, with what it needs to trigger the images itself.
+
+    The first five fields are those of :class:`Sample`, so that callbacks read it like any batch. Its trigger carries no
+    gradient; the model applies it again to the clean images.
+
+    Attributes:
+        image: ``(B, C, H, W)`` in [0, 1].
+        label: ``(B,)`` int64, the attacker's for a poisoned image.
+        is_poisoned: ``(B,)`` bool.
+        original_label: ``(B,)`` int64.
+        index: ``(B,)`` int64.
+        clean_image: ``(B, C, H, W)``, the same images, augmented alike, without trigger and cover.
+        poison_rows: ``(P,)`` int64, the rows that get the trigger.
+        cover_rows: ``(Q,)`` int64, the rows that are changed and keep their label; disjoint from ``poison_rows``.
+    """
+
+    image: Tensor
+    label: Tensor
+    is_poisoned: Tensor
+    original_label: Tensor
+    index: Tensor  # type: ignore[assignment]  # as in Sample
+    clean_image: Tensor
+    poison_rows: Tensor
+    cover_rows: Tensor
+
+
 class BatchContext(NamedTuple):
     """The rule that a loader works under; each of its batches carries it.
 
@@ -42,12 +69,14 @@ class BatchContext(NamedTuple):
             (every image triggered), ``None`` for clean data.
         mode: How a triggered image is stored: ``"static"`` rounds it to 8 bits, as an image file does.
         train: Whether augmentation applies.
+        final: Whether the poisoned images were made ahead, trigger and all.
     """
 
     phase: str
     poison: Literal["static", "dynamic", "all"] | None = None
     mode: PoisonMode = "dynamic"
     train: bool = False
+    final: bool = False
 
 
 @dataclass  # not frozen: Lightning's true half precision copies a batch field by field

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.crafting import AbsentCrafting, Crafting
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.loader import Place
 from lightning_bd.poisoning import Poison, PoisonManifest
@@ -52,9 +53,12 @@ def use_manifest_of(
             f"The trigger of {path} is for images of shape {manifest.image_shape}, but "
             f"{type(datamodule).__name__} has {datamodule.image_shape}."
         )
-    config = datamodule.manifest()
+    config = datamodule.manifest(learn=False)
     if config is not None:
-        found = manifest.differences(config)
+        assert datamodule.poison is not None
+        # Weights that a model trains are what no config says.
+        is_fixed = datamodule.poison.is_learned and not datamodule.poison.trigger.is_trained
+        found = manifest.differences(config, pixels=is_fixed)
         if found and not override:
             raise MisconfigurationException(
                 f"The trigger of {path} is not the config's:\n  " + "\n  ".join(found) + "\n(checkpoint against "
@@ -63,6 +67,11 @@ def use_manifest_of(
             )
         if found:
             return manifest
+    elif (manifest.crafting or {}).get("attack_images"):
+        raise MisconfigurationException(
+            f"The attack of {path} is test images that another program made, which a checkpoint does not hold. Give "
+            "`data.poison` with the `crafting` that it was trained with, and the `test_folder` where they lie."
+        )
     modules = datamodule.poison.trigger.modules() if datamodule.poison is not None else ()
     known = tuple({type(module) for module in modules if isinstance(module, Trigger)})
     datamodule.replace_poison(
@@ -72,11 +81,24 @@ def use_manifest_of(
             target=manifest.build_label_map(),
             mode="static" if manifest.mode == "static" else "dynamic",
             clean_label=manifest.clean_label,
+            # A manifest has no scorer: without the config's, training images that are looked at would be others.
+            selection=None if datamodule.poison is None else datamodule.poison.selection,
             cover_rate=manifest.cover_rate,
             seed=manifest.seed,
+            cover_classes=manifest.cover_classes,
+            crafting=_crafting_of(manifest, datamodule.poison),
         )
     )
     return manifest
+
+
+def _crafting_of(manifest: PoisonManifest, given: Poison | None) -> Crafting | None:
+    """Return the config's crafting, if it is of the kind that the checkpoint names."""
+    if manifest.crafting is None:
+        return None
+    crafting = given.crafting if given is not None else None
+    same = crafting is not None and type(crafting).__qualname__ == manifest.crafting["class"]
+    return crafting if same else AbsentCrafting(manifest.crafting)
 
 
 def evaluation_batches(

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +46,9 @@ class PoisonManifest:
         seed: Seed of the choice of images.
         dataset: Name, SHA-256, number of images and classes.
         tensors: ``trigger.*``: the trigger's buffers; ``indices.<phase>``: ``(P,)`` int64 positions of a static poison.
+        cover_classes: The classes that cover images are of; ``None`` for all, also where a manifest does not say.
+        crafting: ``{"class": name, "arguments": {...}, "attack_images": ...}``, the last being the SHA-256 of test
+            images that were made elsewhere, or ``None``; ``None`` without a crafting.
     """
 
     trigger: dict[str, Plain]
@@ -58,10 +61,16 @@ class PoisonManifest:
     seed: int
     dataset: dict[str, str | int]
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    cover_classes: list[int] | None = None
+    crafting: dict[str, Plain] | None = None
 
     @classmethod
     def describe(
-        cls, poison: "Poison", dataset: dict[str, str | int], indices: Mapping[str, Tensor] | None = None
+        cls,
+        poison: "Poison",
+        dataset: dict[str, str | int],
+        indices: Mapping[str, Tensor] | None = None,
+        image_shape: tuple[int, int, int] | None = None,
     ) -> "PoisonManifest":
         """Describe a prepared poison.
 
@@ -69,9 +78,13 @@ class PoisonManifest:
             poison: The rule, after ``prepare``.
             dataset: Name, SHA-256, number of images and classes.
             indices: Poisoned positions of each static phase.
+            image_shape: Of the images, for a trigger that has yet to be learnt from them; it is described without its
+                pixels.
         """
-        assert poison.trigger.image_shape is not None, "the poison must be prepared first"
-        tensors = {f"trigger.{k}": v.detach().cpu().clone() for k, v in poison.trigger.state_dict().items()}
+        shape = poison.trigger.image_shape
+        tensors = {} if shape is None else _saved(poison.trigger)
+        shape = shape or image_shape
+        assert shape is not None, "the poison must be prepared first"
         # Copies: phases may share one set of indices, and safetensors refuses shared memory.
         tensors |= {f"indices.{phase}": chosen.clone() for phase, chosen in (indices or {}).items()}
         return cls(
@@ -79,7 +92,7 @@ class PoisonManifest:
                 "class": type(poison.trigger).__qualname__,
                 "arguments": cast(dict[str, Plain], poison.trigger.hyperparameters),
             },
-            image_shape=poison.trigger.image_shape,
+            image_shape=shape,
             label_map={
                 "class": type(poison.label_map).__qualname__,
                 "arguments": cast(dict[str, Plain], poison.label_map.describe()),
@@ -91,7 +104,18 @@ class PoisonManifest:
             seed=poison.seed,
             dataset=dataset,
             tensors=tensors,
+            cover_classes=list(poison.cover_classes) if poison.cover_classes is not None else None,
+            crafting=poison.crafting.facts() if poison.crafting is not None else None,
         )
+
+    def with_trigger(self, trigger: Trigger) -> "PoisonManifest":
+        """Return the same record with the tensors that the trigger has now.
+
+        Args:
+            trigger: The trigger, which a model may have trained since.
+        """
+        others = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("trigger.")}
+        return replace(self, tensors=others | _saved(trigger))
 
     def plain(self) -> dict[str, Plain]:
         """Return everything but the tensors as plain values."""
@@ -108,6 +132,7 @@ class PoisonManifest:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"Expected the poison manifest to be a mapping, but got a {type(values).__name__}.")
+        values = _LATER_FIELDS | dict(values)
         for name, (expected, is_right) in _CHECKS.items():
             if name not in values:
                 raise ValueError(f"The poison manifest lacks the field '{name}'.")
@@ -182,18 +207,28 @@ class PoisonManifest:
             raise ValueError(f"The manifest's label map {name} cannot be built: {error}") from error
         return rule
 
-    def differences(self, other: "PoisonManifest") -> list[str]:
-        """Say where the attack of ``other`` differs: trigger, its pixels, label map, image shape or mode."""
+    def differences(self, other: "PoisonManifest", pixels: bool = True) -> list[str]:
+        """Say where the attack of ``other`` differs: trigger, its pixels, label map, image shape or mode.
+
+        Args:
+            other: The other one.
+            pixels: Whether pixels are compared; those of a trigger that has yet to be learnt are not known.
+        """
         found = []
         for name in ("trigger", "image_shape", "label_map", "mode"):
             found += differences(describe(getattr(self, name)), describe(getattr(other, name)), name)
         keys = [k for k in sorted(self.tensors.keys() | other.tensors.keys()) if k.startswith("trigger.")]
-        if not found:
+        if not found and pixels:
             for key in keys:
                 mine, theirs = self.tensors.get(key), other.tensors.get(key)
                 if mine is None or theirs is None or not torch.equal(mine, theirs):
                     found.append(f"{key}: the pixels differ")
-        return found
+        before, now = (describe((each.crafting or {}).get("attack_images")) for each in (self, other))
+        return found + differences(before, now, "crafting.attack_images")
+
+
+def _saved(trigger: Trigger) -> dict[str, Tensor]:
+    return {f"trigger.{name}": tensor.detach().cpu().clone() for name, tensor in trigger.state_dict().items()}
 
 
 def _unbuilt(recipe: Mapping[str, Plain], choices: Mapping[str, type[Trigger]], depth: int = 0) -> Trigger:
@@ -231,8 +266,16 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(_is_integer(side) and side > 0 for side in value)
 
 
+def _is_classes(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_integer(label) and label >= 0 for label in value)
+
+
 def _is_recipe(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class"), str) and isinstance(value.get("arguments"), dict)
+
+
+def _is_crafting(value: object) -> bool:
+    return isinstance(value, dict) and _is_recipe(value) and isinstance(value.get("attack_images"), str | None)
 
 
 def _is_dataset(value: object) -> bool:
@@ -252,4 +295,8 @@ _CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "cover_rate": ("a share in [0, 1]", _is_share),
     "seed": ("an integer", _is_integer),
     "dataset": ("names and numbers with a positive number of `classes`", _is_dataset),
+    "cover_classes": ("classes or nothing", lambda value: value is None or _is_classes(value)),
+    "crafting": ("a class, its arguments and a digest, or nothing", lambda value: value is None or _is_crafting(value)),
 }
+#: What the fields mean where they are missing: the first manifests were written without them.
+_LATER_FIELDS: dict[str, Plain] = {"cover_classes": None, "crafting": None}

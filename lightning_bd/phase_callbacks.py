@@ -23,6 +23,7 @@ from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.rendering import to_float
 from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.manifest import PoisonManifest
+from lightning_bd.triggers import Trigger
 
 __all__ = (
     "ElapsedTime",
@@ -206,22 +207,29 @@ class RunRecord(Callback):
         phase: Name of the phase.
         manifest: The poison's record; ``None`` without a poison.
         config: The resolved config as YAML.
+        trigger: The trigger, if the model trains it: a checkpoint holds it as it is then.
     """
 
-    def __init__(self, phase: str, manifest: PoisonManifest | None, config: str | None) -> None:
+    def __init__(
+        self, phase: str, manifest: PoisonManifest | None, config: str | None, trigger: Trigger | None = None
+    ) -> None:
         self.phase = phase
         self.manifest = manifest
         self.config = config
+        self.trigger = trigger
 
     def content(self) -> dict[str, Any]:
         """Return what goes into a checkpoint: tensors and plain values."""
+        manifest = self.manifest
+        if manifest is not None and self.trigger is not None:
+            manifest = manifest.with_trigger(self.trigger)
         return {
             "version": __version__,
             "lightning": lightning.__version__,
             "phase": self.phase,
             "config": self.config,
-            "manifest": None if self.manifest is None else self.manifest.plain(),
-            "tensors": {} if self.manifest is None else dict(self.manifest.tensors),
+            "manifest": None if manifest is None else manifest.plain(),
+            "tensors": {} if manifest is None else dict(manifest.tensors),
         }
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -241,6 +249,8 @@ class RunRecord(Callback):
 class TriggerPreview(Callback):
     """Shows clean images above their triggered versions: ``trigger.png`` in the run's folder, and in TensorBoard.
 
+    A trigger that the model trains is shown when the phase has ended.
+
     Args:
         datamodule: Where images and poison come from.
         folder: The run's folder.
@@ -254,14 +264,26 @@ class TriggerPreview(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the grid, once per run."""
+        if self.datamodule.poison is not None and not self.datamodule.poison.trigger.is_trained:
+            self._draw(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the grid of a trigger that was trained."""
+        if self.datamodule.poison is not None and self.datamodule.poison.trigger.is_trained:
+            self._draw(trainer)
+
+    @torch.no_grad()
+    def _draw(self, trainer: Trainer) -> None:
         poison = self.datamodule.poison
         if poison is None or not trainer.is_global_zero or self.file.is_file():
             return
         images = self.datamodule.test_images
-        victims = poison.victims(images.labels).nonzero().flatten()
+        loader = self.datamodule.loaders.evaluation(images, torch.arange(len(images)), "test")[1]
+        victims = loader.positions
         chosen = victims[torch.linspace(0, len(victims) - 1, min(self.count, len(victims))).long()]
         clean = to_float(images.read(chosen))
-        triggered = poison.trigger.to("cpu")(clean)
+        made = to_float(loader.images.read(chosen))
+        triggered = made if loader.context.final else poison.trigger.to("cpu")(clean)
         residual = (triggered - clean).abs()
         residual = residual / residual.max().clamp(min=1e-6)
         scale = max(1, 96 // clean.shape[2])

@@ -41,6 +41,7 @@ from lightning_bd.phase_setup import check_defender, data_of, fresh_trainer, log
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
 from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
+from lightning_bd.triggers import Trigger
 
 __all__ = ("PhaseRun", "is_first_process")
 
@@ -103,10 +104,12 @@ class PhaseRun:
         self._saves_manifest = save_manifest
         self._unknown = unknown
         self._barrier = barrier if barrier is not None else lambda: None
+        self._data = {name: data_of(phase, datamodule) for name, phase in phases.items()}
         if is_first_process():
             datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
+            for data in self._data.values():
+                datamodule.set_phase(data)  # a trigger that is learnt is kept on disk, for the other processes
         self._barrier()
-        self._data = {name: data_of(phase, datamodule) for name, phase in phases.items()}
         root = Path(arguments.get("default_root_dir") or Path("runs") / "phases")
         self.folder = RunFolder(root, list(phases), collects=collects)
         for data in self._data.values():
@@ -118,6 +121,11 @@ class PhaseRun:
             raise MisconfigurationException(
                 f"Each phase ends with a test, but `{type(model).__name__}` has no `test_step`. Add one, or use "
                 "BackdoorClassifier."
+            )
+        if self._trained_trigger is not None and not save_manifest:
+            raise MisconfigurationException(
+                f"`{type(self._trained_trigger).__name__}` is trained, and the manifest keeps its weights: set "
+                "`trainer.save_manifest: true`."
             )
         wanted = getattr(model, "num_classes", datamodule.num_classes)
         if wanted != datamodule.num_classes:
@@ -146,11 +154,14 @@ class PhaseRun:
         self.folder.open({**run, **self._origin}, phases)
         if self._config is not None:
             write_text_atomically(self.folder.root / "config.yaml", self._config)
-        manifest = self._manifest(tuple(self._data.values()))
-        if manifest is not None:
-            manifest.save(self.folder.root)
+        # A trained trigger's record is that of the last phase that trained it.
+        if self._trained_trigger is None or not (self.folder.root / "manifest.json").is_file():
+            self._save_manifest()
         if not self.folder.initial.is_file():
-            save_atomically({"state_dict": self._model.state_dict()}, self.folder.initial)
+            initial: dict[str, Any] = {"state_dict": self._model.state_dict()}
+            if self._trained_trigger is not None and (manifest := self._datamodule.manifest()) is not None:
+                initial[RECORD_KEY] = {"tensors": manifest.tensors}
+            save_atomically(initial, self.folder.initial)
 
     def load_last(self) -> None:
         """Give the model the final weights of the last phase; of those that were applicable."""
@@ -197,6 +208,8 @@ class PhaseRun:
             except _BrokenModelError as error:
                 self._finish_without_model(name, parent, first_step, f"failed: {error}")
                 return
+        if is_first_process() and self._trained_trigger is not None and phase.poisoned:
+            self._save_manifest()
         last_step = first_step + record["steps"]
         for logger in loggers:
             if isinstance(logger, PhaseTensorBoardLogger):
@@ -241,6 +254,19 @@ class PhaseRun:
             self.folder.write_results()
         self._barrier()
 
+    @property
+    def _trained_trigger(self) -> Trigger | None:
+        """The trigger, if the model may train it in a phase of this run."""
+        poison = self._datamodule.poison
+        if poison is None or not any(phase.poisoned for phase in self._phases.values()):
+            return None
+        return poison.trigger if poison.trigger.is_trained else None
+
+    def _save_manifest(self) -> None:
+        manifest = self._manifest(tuple(self._data.values()))
+        if manifest is not None:
+            manifest.save(self.folder.root)
+
     def _manifest(self, phases: tuple[PhaseData, ...]) -> PoisonManifest | None:
         if not self._saves_manifest:
             return None
@@ -261,7 +287,7 @@ class PhaseRun:
             data = view = self._datamodule.defender_view(self._data[phase.name])
             view.epoch_limit = self._arguments.get("max_epochs")
         manifest = self._manifest(tuple(self._data[name] for name in self._lineage(phase.name)))
-        elapsed, run_record = ElapsedTime(), RunRecord(phase.name, manifest, self._config)
+        elapsed, run_record = ElapsedTime(), RunRecord(phase.name, manifest, self._config, self._trained_trigger)
         # A defense can reach its Trainer's callbacks: none of them may know the attack.
         carried = RunRecord(phase.name, None, None) if phase.defends else run_record
         callbacks = [*copy.deepcopy(self._arguments.get("callbacks") or []), *phase.callbacks]
@@ -332,6 +358,10 @@ class PhaseRun:
         check_weights(self._model, checkpoint["state_dict"], path)
         self._model.load_state_dict(checkpoint["state_dict"])
         record: dict[str, Any] = checkpoint.get(RECORD_KEY, {})
+        if self._trained_trigger is not None:
+            tensors, prefix = record.get("tensors", {}), "trigger."
+            mine = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            self._trained_trigger.restore(self._datamodule.image_shape, mine)
         return record
 
     def _epochs(self, phase: Phase) -> int:

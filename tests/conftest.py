@@ -74,6 +74,14 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is learnt or scored is kept in no folder of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_BD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty folder with one config; nothing of a run is left in the environment."""

@@ -36,7 +36,10 @@ def test_shipped_configs_are_found_by_name() -> None:
     folder = Path(str(resources.files("lightning_bd.configs")))
     files = {path for path in folder.rglob("*") if path.suffix == ".yaml"}
     shipped, defenses, detectors = shipped_configs(), shipped_configs("defense"), shipped_configs("detection")
-    assert {*shipped.values(), *defenses.values(), *detectors.values()} == files
+    attacks = shipped_configs("attack")
+    assert {*shipped.values(), *attacks.values(), *defenses.values(), *detectors.values()} == files
+    assert {path.parent for path in attacks.values()} == {folder / "attack"}
+    assert attacks["attack/blended"] == folder / "attack" / "blended.yaml" == find_config("attack/blended")
     assert {path.parent for path in shipped.values()} == {folder}
     assert {path.parent for path in defenses.values()} == {folder / "defense"}
     assert {path.parent for path in detectors.values()} == {folder / "detection"}
@@ -219,3 +222,25 @@ def test_the_subcommand_comes_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"The subcommand comes first: lightning-bd fit --config sbl_digits"):
         expand_configs(["--fresh", "fit", "--config", "sbl_digits"], tmp_path)
     assert expand_configs(["--config", "sbl_digits", "fit"], tmp_path)[0] == "fit"
+
+
+def test_an_attack_changes_a_config_and_names_the_folder(tmp_path: Path) -> None:
+    merged = expand(tmp_path, Path("badnets_digits"), Path("attack/blended"))
+    assert merged["data"]["init_args"]["poison"]["trigger"]["class_path"] == "lightning_bd.triggers.Blended"
+    assert "size" not in merged["data"]["init_args"]["poison"]["trigger"].get("init_args", {})
+    assert merged["data"]["class_path"] == "lightning_bd.datamodules.DigitsDataModule"
+    assert merged["trainer"]["default_root_dir"] == "runs/badnets_digits-blended"
+
+
+def test_an_attack_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`attack/blended` says how to poison and nothing else"):
+        expand(tmp_path, Path("attack/blended"))
+
+
+def test_the_models_class_is_told_apart_from_its_arguments(tmp_path: Path) -> None:
+    merged = expand(
+        tmp_path,
+        "model: {num_classes: 3, channels_last: false}",
+        "model: {class_path: some.Model, init_args: {channels_last: true}}",
+    )
+    assert merged["model"] == {"num_classes": 3, "channels_last": True}

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bd.batch import RawBatch
 from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint, save_atomically
-from lightning_bd.datamodules import DigitsDataModule
+from lightning_bd.datamodules import DigitsDataModule, PhaseData
 from lightning_bd.evaluation import use_manifest_of, write_predictions
-from lightning_bd.label_maps import AllToAll
+from lightning_bd.label_maps import AllToAll, SourceSpecific
 from lightning_bd.phase_callbacks import RunRecord
 from lightning_bd.poisoning import Poison
+from lightning_bd.selection import KNNTypicality, RawPixels
 from lightning_bd.triggers import SIG, BadNets, SequentialTrigger, TrainTestTrigger
 
 PATH = Path("model.ckpt")
@@ -79,6 +81,14 @@ def test_triggers_made_of_others_are_taken_over(tmp_path: Path) -> None:
     images, _ = triggered(data)
     clean = data.test_images.read((data.test_images.labels != 0).nonzero().flatten()) / 255
     assert torch.equal(images, Corner(size=2)(SIG(0.4)(clean)))
+
+
+def test_cover_classes_are_taken_over(tmp_path: Path) -> None:
+    rule = Poison(BadNets(size=2), target=SourceSpecific([1], 0), cover_rate=0.1, cover_classes=[2, 3])
+    data = DigitsDataModule()
+    use_manifest_of(make_checkpoint(tmp_path, rule), PATH, data)
+    assert data.poison is not None
+    assert (data.poison.cover_rate, data.poison.cover_classes) == (0.1, [2, 3])
 
 
 def test_label_maps_are_taken_over(tmp_path: Path) -> None:
@@ -177,3 +187,21 @@ def test_predictions_keep_the_indices_of_samples(tmp_path: Path) -> None:
     write_predictions([batch], tmp_path / "predictions.csv")
     lines = (tmp_path / "predictions.csv").read_text(encoding="utf-8").split()
     assert lines[1:] == ["4,1,1,0.900000", "2,1,0,0.750000"]
+
+
+def test_the_configs_selection_is_kept(tmp_path: Path) -> None:
+    """Or training images that are scored for a poison would have it on others than the model was trained with."""
+    phase = PhaseData("inject", poison="static")
+
+    def rule() -> Poison:
+        return replace(poison(mode="static"), selection=KNNTypicality(RawPixels(), k=3), clean_label=True)
+
+    trained, data = DigitsDataModule(rule()), DigitsDataModule(rule())
+    use_manifest_of(make_checkpoint(tmp_path, rule()), PATH, data)
+    expected, found = (each.manifest((phase,)) for each in (trained, data))
+    assert expected is not None
+    assert found is not None
+    assert expected.tensors["indices.inject"].tolist() == found.tensors["indices.inject"].tolist()
+    plain = DigitsDataModule(replace(rule(), selection=None)).manifest((phase,))
+    assert plain is not None
+    assert plain.tensors["indices.inject"].tolist() != expected.tensors["indices.inject"].tolist()

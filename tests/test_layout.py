@@ -23,9 +23,10 @@ HOUSE = {
 
 # From the bottom up; a module imports from its own layer or those below. What is not named here is on top.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("functional", "label_maps", "batch", "description", "quiet"),
-    ("triggers", "backbones", "metrics"),
-    ("manifest", "poisoning", "selection"),
+    ("functional", "label_maps", "batch", "cache", "description", "quiet"),
+    ("backbones", "metrics", "selection"),
+    ("triggers",),
+    ("manifest", "poisoning", "crafting"),
     ("datamodules", "callbacks", "classifier"),
 )
 

@@ -14,6 +14,7 @@ from lightning_bd.manifest import Plain, PoisonManifest
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import (
     SIG,
+    AdaptiveBlend,
     BadNets,
     Blended,
     BppAttack,
@@ -33,6 +34,25 @@ def described(trigger: Trigger, target: int | LabelMap = 0) -> PoisonManifest:
     return PoisonManifest.describe(poison, DATASET, {"inject": torch.tensor([1, 5])})
 
 
+def test_cover_classes_travel(tmp_path: Path) -> None:
+    poison = Poison(BadNets(), 0.1, SourceSpecific([1], 0), cover_rate=0.2, cover_classes=[2, 3])
+    poison.prepare((3, 8, 8), num_classes=10)
+    PoisonManifest.describe(poison, DATASET).save(tmp_path)
+    assert PoisonManifest.load(tmp_path).cover_classes == [2, 3]
+
+
+def test_a_manifest_without_cover_classes_is_read(tmp_path: Path) -> None:
+    """The first ones had no such field."""
+    described(BadNets()).save(tmp_path)
+    values = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert values.pop("cover_classes", 0) is None
+    (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    manifest = PoisonManifest.load(tmp_path)
+    assert manifest.cover_classes is None
+    assert manifest.plain() == described(BadNets()).plain()
+    assert "cover_classes" not in values
+
+
 def damaged(name: str, value: object) -> dict[str, Plain]:
     values = described(BadNets()).plain()
     values[name] = value  # type: ignore[assignment]
@@ -45,6 +65,7 @@ def damaged(name: str, value: object) -> dict[str, Plain]:
         BadNets(seed=4),
         BadNets((2, 3), (1, 0), color=(0.1, 0.2, 1.0)),
         Blended(),
+        AdaptiveBlend(seed=3),
         SIG(),
         WaNet(seed=2),
         LowFrequency(seed=3),
@@ -278,6 +299,11 @@ def test_refuses_a_missing_field(tmp_path: Path, name: str) -> None:
         ("dataset", []),
         ("dataset", {"classes": "10"}),
         ("dataset", {"classes": 10, "name": [1]}),
+        ("cover_classes", []),
+        ("cover_classes", 3),
+        ("cover_classes", [-1]),
+        ("cover_classes", [True]),
+        ("cover_classes", ["1"]),
     ],
 )
 def test_refuses_a_wrong_field(name: str, value: object) -> None:

@@ -1,11 +1,14 @@
 """The choice of poisoned images against counts and loops."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_bd.batch import PoisonMode
+from lightning_bd.datamodules import DigitsDataModule, PhaseData
 from lightning_bd.functional.draws import keyed_generator
 from lightning_bd.label_maps import AllToAll, LabelMap, SourceSpecific
 from lightning_bd.poisoning import Poison
@@ -23,8 +26,11 @@ def prepared(
     selection: list[int] | None = None,
     cover_rate: float = 0.0,
     seed: int = 0,
+    cover_classes: list[int] | None = None,
 ) -> Poison:
-    poison = Poison(BadNets(), rate, target, "static", clean_label, selection, seed, cover_rate)
+    poison = Poison(
+        BadNets(), rate, target, "static", clean_label, selection, seed, cover_rate, cover_classes=cover_classes
+    )
     poison.prepare((3, 8, 8), num_classes=10)
     return poison
 
@@ -59,6 +65,102 @@ def test_covers_are_other_images() -> None:
     poisoned, covers = prepared(rate=0.1, cover_rate=0.2).choose(LABELS, POSITIONS, "inject")
     assert (len(poisoned), len(covers)) == (40, 80)
     assert not set(poisoned.tolist()) & set(covers.tolist())
+
+
+def test_covers_come_from_the_cover_classes() -> None:
+    poison = prepared(rate=0.05, target=SourceSpecific([1], 0), cover_rate=0.2, cover_classes=[4, 7, 8])
+    poisoned, covers = poison.choose(LABELS, POSITIONS, "inject")
+    assert (len(poisoned), len(covers)) == (20, 80)
+    assert set(LABELS[covers - 500].tolist()) == {4, 7, 8}
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(poison.choose(LABELS[order], POSITIONS[order], "inject")[1], covers)
+    all_of_them = prepared(rate=0.05, target=SourceSpecific([1], 0), cover_rate=0.3, cover_classes=[4, 7, 8])
+    assert len(all_of_them.choose(LABELS, POSITIONS, "inject")[1]) == 120
+
+
+def test_all_cover_classes_are_none_named() -> None:
+    named = prepared(cover_rate=0.3, cover_classes=list(range(10)))
+    for one, other in zip(
+        named.choose(LABELS, POSITIONS, "a"), prepared(cover_rate=0.3).choose(LABELS, POSITIONS, "a"), strict=True
+    ):
+        assert torch.equal(one, other)
+    for one, other in zip(
+        named.draw(LABELS, POSITIONS, keyed_generator(1)),
+        prepared(cover_rate=0.3).draw(LABELS, POSITIONS, keyed_generator(1)),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_covers_are_of_their_classes_though_some_images_are_poisoned() -> None:
+    # 40 images of class 3; 20 of them are poisoned, so that 20 remain.
+    poison = prepared(rate=0.05, target=SourceSpecific([3], 0), cover_rate=0.05, cover_classes=[3])
+    poisoned, covers = poison.choose(LABELS, POSITIONS, "inject")
+    assert sorted([*poisoned.tolist(), *covers.tolist()]) == POSITIONS[LABELS == 3].tolist()
+
+
+def test_a_choice_without_covers_is_the_same_otherwise() -> None:
+    poison = prepared(cover_rate=0.3)
+    poisoned, covers = poison.choose(LABELS, POSITIONS, "inject", covers=False)
+    assert torch.equal(poisoned, poison.choose(LABELS, POSITIONS, "inject")[0])
+    assert len(covers) == 0
+
+
+@pytest.mark.parametrize(
+    ("poison", "message"),
+    [
+        (
+            prepared(cover_rate=0.15, cover_classes=[4]),
+            r"at least 60 images to cover in split `inject` \(cover_rate 0.15\), but only 3\d may be covered. "
+            r"Lower `poison.cover_rate`, or name more classes than \[4\] in `poison.cover_classes`",
+        ),
+        (
+            prepared(rate=0.6, cover_rate=0.002),
+            r"to cover at least one image of split `inject`, but cover_rate 0.002 of 400 images selects none. Raise",
+        ),
+    ],
+)
+def test_refuses_a_cover_rate_without_images(poison: Poison, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        poison.choose(LABELS, POSITIONS, "inject")
+    # What a dynamic poison draws is no count.
+    poison.check_not_empty(LABELS, POSITIONS, "inject")
+    poison.draw(LABELS, POSITIONS, keyed_generator(0))
+
+
+def test_refuses_a_cover_rate_that_poisoned_images_leave_no_room_for(tmp_path: Path) -> None:
+    poison = selecting(Brightness(), tmp_path, rate=1.0)
+    poison.cover_rate = 0.95
+    with pytest.raises(ValueError, match=r"at least 380 images .* but only 360 may be covered. Lower .*cover_rate`\.$"):
+        poison.choose(LABELS, POSITIONS, "inject", read)
+
+
+def test_refuses_cover_classes_without_images() -> None:
+    rows = LABELS != 4
+    poison = prepared(cover_rate=0.1, cover_classes=[4])
+    message = r"images of `cover_classes` \[4\] in split `inject`, but there are none. Name other classes"
+    with pytest.raises(ValueError, match=message):
+        poison.check_not_empty(LABELS[rows], POSITIONS[rows], "inject")
+    with pytest.raises(ValueError, match=message):
+        poison.choose(LABELS[rows], POSITIONS[rows], "inject")
+
+
+@pytest.mark.parametrize(("classes", "rate"), [([], 0.1), ([1], 0.0)])
+def test_refuses_cover_classes_without_covers(classes: list[int], rate: float) -> None:
+    with pytest.raises(ValueError, match=r"`cover_classes` to name classes, and `cover_rate` .* Give both, or leave"):
+        Poison(BadNets(), cover_rate=rate, cover_classes=classes)
+
+
+@pytest.mark.parametrize("label", [-1, 10, True, "1"])
+def test_refuses_cover_classes_that_are_none(label: int) -> None:
+    with pytest.raises(ValueError, match=r"`cover_classes` to hold classes in \[0, 10\), but got"):
+        prepared(cover_rate=0.1, cover_classes=[2, label])
+
+
+def test_refuses_covers_that_are_poisoned_images() -> None:
+    with pytest.raises(ValueError, match=r"`cover_classes` not to name the target class 3 with `clean_label`"):
+        prepared(clean_label=True, target=3, cover_rate=0.1, cover_classes=[2, 3])
+    assert prepared(target=3, cover_rate=0.1, cover_classes=[2, 3]).cover_classes == [2, 3]
 
 
 def test_clean_label_is_a_share_of_the_target_class() -> None:
@@ -99,6 +201,14 @@ def test_dynamic_draw_is_bernoulli() -> None:
     # Every image has its chance: 10 of 100 batches on average.
     assert (seen > 0).all()
     assert float(seen.max()) < 30
+
+
+def test_dynamic_cover_rate_is_a_probability_among_the_cover_classes() -> None:
+    poison = prepared(rate=0.3, target=SourceSpecific([1], 0), cover_rate=0.2, cover_classes=[2, 5])
+    draws = [poison.draw(LABELS, POSITIONS, keyed_generator(number))[1] for number in range(100)]
+    assert all(set(LABELS[rows].tolist()) <= {2, 5} for rows in draws)
+    # 8,000 draws: standard deviation of the share 0.0045.
+    assert abs(sum(len(rows) for rows in draws) / 8_000 - 0.2) < 0.018
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (1.0, 400)])
@@ -267,6 +377,22 @@ def test_a_fixed_poison_draws_the_chosen_images_always(tmp_path: Path) -> None:
         assert not set(rows.tolist()) & set(covers.tolist())
     assert poison.is_fixed_choice
     assert not prepared().is_fixed_choice
+
+
+def test_a_dynamic_poison_of_chosen_images_needs_no_number_of_covers(tmp_path: Path) -> None:
+    poison = Poison(
+        BadNets(2), selection=Selection(Brightness(), cache_dir=tmp_path), cover_rate=0.5, cover_classes=[4]
+    )
+    data = DigitsDataModule(poison, subset=300)
+    phases = {mode: PhaseData("one", ("train",), mode) for mode in get_args(PoisonMode)}
+    data.set_phase(phases["dynamic"])
+    covered = sum(len(raw.cover_rows) for raw in data.train_dataloader() if raw.cover_rows is not None)
+    assert 5 < covered <= 30
+    manifest = data.manifest((phases["dynamic"],))
+    assert manifest is not None
+    assert len(manifest.tensors["indices.one"]) == 30
+    with pytest.raises(ValueError, match="at least 150 images to cover in split `train`"):
+        data.manifest((phases["static"],))
 
 
 def test_selection_needs_the_images(tmp_path: Path) -> None:

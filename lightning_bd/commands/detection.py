@@ -173,6 +173,7 @@ class DetectionTrainer(MultiPhaseTrainer):
         root = Path(self.default_root_dir) / "score" / named_after(path)
         if self.fresh:
             RunFolder(root, [], marker="score.json").rename_old()
+        data.learn_trigger()
         poison, precision = data.poison, self.precision_plugin.precision
         facts = {
             "model": describe(model),

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
-from lightning_bd.commands.checkpoints import own_data
+from lightning_bd.commands.checkpoints import own_data, take_over
 from lightning_bd.commands.poisoned_copy import write_poisoned_copy
 from lightning_bd.commands.preview import draw_preview
 from lightning_bd.datamodules import ImageDataModule, PhaseData
@@ -71,31 +71,41 @@ class PoisonTrainer(MultiPhaseTrainer):
         images: int = 6,
         max_images: int = 500,
         output: str | Path | None = None,
+        ckpt_path: str | Path | None = None,
     ) -> None:
         """Draw clean images, the triggered ones and the difference, and measure how visible the trigger is.
 
-        `lightning-bd preview --config C`. Shown are test images that the attack aims at, with the trigger of the
-        attack: rounded to 8 bits if the poison is static. PSNR, SSIM and L-infinity are means over images; those that
-        the trigger leaves as they are have no finite PSNR, and count only in the others.
+        `lightning-bd preview --config C`, or of a trained model `lightning-bd preview --ckpt_path X`. Shown are test
+        images that the attack aims at, with the trigger of the attack: rounded to 8 bits if the poison is static. PSNR,
+        SSIM and L-infinity are means over images; those that the trigger leaves as they are have no finite PSNR, and
+        count only in the others. The measures are also written as a table beside the figure.
 
         Args:
-            model: Not used; a config has one.
+            model: Used with a checkpoint only; a config has one.
             datamodule: The data and its poison.
             images: Number of images to draw.
             max_images: At most so many test images to measure.
             output: The PNG file; `preview.png` in `trainer.default_root_dir` if not given.
+            ckpt_path: A checkpoint whose trigger is shown; what is trained with a model is not to be seen before.
         """
-        del model
         self._refuse_fresh()
         for name, value in (("images", images), ("max_images", max_images)):
             if value < 1:
                 raise ValueError(f"Expected argument `{name}` to be a positive integer, but got {value}.")
-        data = _poisoned_data(datamodule)
+        if ckpt_path is None:
+            data = _poisoned_data(datamodule)
+        else:
+            data = own_data(datamodule)
+            data.prepare_data()
+            path = Path(ckpt_path)
+            if take_over(path, model, data, override_trigger=self.override_trigger) is None:
+                raise MisconfigurationException(f"{path} has no manifest, so its trigger is not known.")
         if not is_first_process():
             return
         path = Path(output) if output is not None else Path(self.default_root_dir) / "preview.png"
         with threads(self.num_threads):
             name, measured = draw_preview(data, path, images, max_images)
+            measured.write(name, path.with_suffix(".csv"))
         table = Table("trigger", "test images", "unchanged", *measured.means)
         table.add_row(name, str(measured.images), str(measured.unchanged), *measured.cells())
         console = wide_console()

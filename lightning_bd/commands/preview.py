@@ -1,7 +1,8 @@
 """What an attack does to test images: a figure, and how visible it is."""
 
+import csv
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,6 +41,18 @@ class Stealth:
     def cells(self) -> list[str]:
         """Return the means as text."""
         return [f"{self.psnr:.2f}", f"{self.ssim:.4f}", f"{self.largest_change:.4f}"]
+
+    def write(self, name: str, path: Path) -> None:
+        """Write one row.
+
+        Args:
+            name: What the attack is called.
+            path: The CSV file.
+        """
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["trigger", *asdict(self)])
+            writer.writerow([name, *asdict(self).values()])
 
 
 def draw_preview(data: ImageDataModule, path: Path, images: int, max_images: int) -> tuple[str, Stealth]:
@@ -102,7 +115,7 @@ def _changed(data: ImageDataModule, positions: Tensor) -> tuple[Tensor, Tensor, 
     clean, triggered, labels = [], [], []
     for raw in loader:
         image, label = data.on_after_batch_transfer(raw, 0)[:2]
-        clean.append(to_float(raw.images))
+        clean.append(to_float(data.test_images.read(raw.indices)))
         triggered.append(image.float())
         labels.append(label)
     return torch.cat(clean), torch.cat(triggered), torch.cat(labels)

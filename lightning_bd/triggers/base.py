@@ -4,7 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,10 @@ class Trigger(nn.Module, ABC):
         True
     """
 
+    #: Whether a model trains the tensors: triggers of this class with equal arguments are then the same trigger, at
+    #: different times.
+    is_trained: ClassVar[bool] = False
+
     def __init__(self) -> None:
         super().__init__()
         self._image_shape: tuple[int, int, int] | None = None
@@ -70,7 +74,7 @@ class Trigger(nn.Module, ABC):
         """
         kind = type(self)
         values: dict[str, object] = {}
-        for name in inspect.signature(kind).parameters:
+        for name in self._recorded():
             # An AttributeError inside a property would be swallowed by `nn.Module.__getattr__`.
             if not hasattr(self, name):
                 raise TypeError(f"Expected `{kind.__name__}` to keep its argument `{name}` as an attribute.")
@@ -180,6 +184,10 @@ class Trigger(nn.Module, ABC):
     @abstractmethod
     def _transform(self, images: Tensor) -> Tensor:
         """Return changed copies of checked images, in [0, 1]."""
+
+    def _recorded(self) -> list[str]:
+        """Return the names of the ``__init__`` arguments that :attr:`hyperparameters` holds."""
+        return list(inspect.signature(type(self)).parameters)
 
     def _checked(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         if len(image_shape) != 3 or not all(isinstance(side, int) and side > 0 for side in image_shape):

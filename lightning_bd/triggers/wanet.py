@@ -88,7 +88,16 @@ class WaNet(Trigger):
         return {"grid": grid.clamp(-1, 1).contiguous()}
 
     def _transform(self, images: Tensor) -> Tensor:
-        return _warp(images, self.grid.to(images.device).expand(len(images), -1, -1, -1))
+        # One grid for all planes: where a pixel is read is worked out once per group of planes, not once per image.
+        count, (height, width) = images.shape[0] * images.shape[1], images.shape[2:]
+        groups = count // _group_size(count) if images.device.type == "cpu" else len(images)
+        planes = images.reshape(groups, -1, height, width) if groups else images
+        return _warp(planes, self.grid.to(images.device).expand(groups, -1, -1, -1)).view(images.shape)
+
+
+def _group_size(planes: int) -> int:
+    """Return the largest divisor up to 16, so that groups are of one size and threads have several each."""
+    return max(size for size in range(1, 17) if planes % size == 0)
 
 
 def _warp(images: Tensor, grid: Tensor) -> Tensor:

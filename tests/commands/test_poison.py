@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_bd.commands import CommandTrainer
+from lightning_bd.commands.poisoned_copy import PoisonFailedError
 from lightning_bd.commands.preview import draw_preview
 from lightning_bd.datamodules import DigitsDataModule, ImageDataModule, ImageFolderDataModule, PhaseData
 from lightning_bd.datamodules.images import TensorImages
@@ -207,6 +209,23 @@ def test_what_was_cut_is_marked(
         quiet_trainer().poison(MODEL, digits(), tmp_path / "copy")
 
 
+# Below the size of an image, and of the list of images that is written last.
+@pytest.mark.parametrize("limit", [100, 1000])
+def test_no_room_in_the_file_system(tmp_path: Path, limit: int) -> None:
+    data = digits()
+    data.setup()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(PoisonFailedError, match=r"not be written to .*/copy: File too large. What is there is not"):
+            quiet_trainer().poison(MODEL, data, tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "copy" / "INCOMPLETE").exists()
+    assert not (tmp_path / "copy" / "manifest.json").exists()
+    assert (len(list((tmp_path / "copy" / "test").rglob("*.png"))) > 0) == (limit == 1000)
+
+
 def test_a_folder_that_cannot_be_made(lightning_bd: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcome = lightning_bd("poison", "--config", "small.yaml", "--output", tmp_path / "file" / "copy")
@@ -262,6 +281,24 @@ def test_preview(lightning_bd: Command, tmp_path: Path) -> None:
     row = next(line for line in outcome.out.splitlines() if "BadNets" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["BadNets", str(len(clean)), "0", f"{expected[0]:.2f}", f"{expected[1]:.4f}", f"{expected[2]:.4f}"]
+
+
+def test_preview_of_a_checkpoint_shows_its_trigger(lightning_bd: Command, trained: Path) -> None:
+    """Of another config than the run's, and of the run's, which is found; the table beside the figure says the same."""
+    (checkpoint,) = trained.glob("*_inject/final.ckpt")
+    run = lightning_bd("preview", "--ckpt_path", checkpoint, "--output", "run.png", "--images=1")
+    assert run.status == 0, run.err
+    plain = lightning_bd("preview", "--config", "small.yaml", "--output", "config.png", "--images=1")
+    assert plain.status == 0, plain.err
+    alone = lightning_bd(
+        "preview", "--config", "small.yaml", "--ckpt_path", checkpoint, "--data.poison=null", "--output=alone.png",
+    )  # fmt: skip
+    assert alone.status == 0, alone.err
+    texts = [Path(f"{name}.csv").read_text() for name in ("run", "config", "alone")]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].startswith("trigger,images,unchanged,psnr,ssim,largest_change\nBadNets,")
+    refused = lightning_bd("preview", "--config", "small.yaml", "--ckpt_path", trained / "init.ckpt")
+    refused.check_refused(["no manifest", "init.ckpt"])
 
 
 def test_preview_shows_the_test_trigger(tmp_path: Path) -> None:

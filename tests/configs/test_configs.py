@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torchvision import models
 from torchvision.datasets import CIFAR10
 
 from lightning_bd.cli import main
@@ -118,6 +119,14 @@ def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         # Few images: each split needs some of each class.
         options.append(f"--data.splits={ {split: 1 / len(splits) for split in splits} }")
     tiny = {"num_classes": classes, "in_channels": channels, "width": 2}
+    if name == "wicked_oddities_cifar10":
+        (tmp_path / "weights").mkdir()
+        # Any weights of that architecture; at their 224 pixels a few images already take seconds.
+        torch.save(models.resnet50().state_dict(), tmp_path / "weights" / "resnet50.pth")
+        scorer = "--data.poison.selection.init_args"
+        options += [f"{scorer}.k=2", f"{scorer}.encoder.init_args.image_size=32"]
+    if name == "wicked_oddities_cifar10_small":
+        options.append("--data.poison.selection.init_args.surrogate.init_args.epochs=1")
     main([
         "fit", "--config", name, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", *options,
         "--model.backbone=lightning_bd.backbones.small_cnn",

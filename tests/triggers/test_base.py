@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_bd import triggers
 from lightning_bd.triggers import (
     SIG,
+    AdaptiveBlend,
     BadNets,
     Blended,
     BppAttack,
@@ -29,6 +30,7 @@ FACTORIES: dict[str, Callable[[], Trigger]] = {
     "badnets": BadNets,
     "badnets-placed": lambda: BadNets(size=(2, 4), position=(5, 1), color=(1.0, 0.5, 0.0), seed=3),
     "badnets-margin": lambda: BadNets(position="top_left", pattern="checkerboard", margin=2),
+    "adaptive-blend": lambda: AdaptiveBlend(ratio=0.4, pieces=9, seed=2),
     "blended": Blended,
     "blended-noise": lambda: Blended(ratio=0.7, pattern="noise", seed=4),
     "sig": lambda: SIG(amplitude=0.4, frequency=2.5),

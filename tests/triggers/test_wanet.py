@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
@@ -60,6 +61,19 @@ def test_warp(trigger: WaNet, images: Tensor) -> None:
     np.testing.assert_allclose(trigger.grid.numpy(), positions, rtol=0, atol=2e-6)
     for image, warped in zip(images.double().numpy(), triggered, strict=True):
         np.testing.assert_allclose(warped, read(image, positions), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(1, 1), (1, 3), (5, 3), (16, 3), (17, 1), (64, 3), (7, 17)])
+def test_grouped_planes_are_read_as_each_image_by_itself(batch: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, channels, 13, 18, generator=generator, requires_grad=True)
+    weights = torch.rand(batch, channels, 13, 18, generator=generator)
+    trigger = WaNet(strength=2.0)
+    triggered = trigger(images)
+    plain = F.grid_sample(images, trigger.grid.expand(batch, -1, -1, -1), align_corners=True).clamp(0, 1)
+    assert torch.equal(triggered, plain)
+    gradients = [torch.autograd.grad((each * weights).sum(), images)[0] for each in (triggered, plain)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
 def test_cover_adds_noise_per_image_to_the_field(images: Tensor) -> None:

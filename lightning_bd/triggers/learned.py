@@ -1,0 +1,170 @@
+"""The base of triggers that are learnt from the attacker's images before training."""
+
+import hashlib
+import json
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_bd.cache import cache_folder, write_whole
+from lightning_bd.description import Description, describe
+from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.selection.digests import image_digests, to_bytes
+from lightning_bd.triggers.base import Trigger
+
+__all__ = ("LearnedTrigger", "unlearned")
+
+#: Part of every key; to be raised when what is common to all learnt triggers changes them.
+_VERSION = 1
+
+
+class LearnedTrigger(Trigger):
+    """A trigger whose tensors come from the attacker's images, and not from the arguments alone.
+
+    :class:`~lightning_bd.poisoning.Poison` calls :meth:`learn` with the images of the first poisoned phase; what was
+    learnt is part of ``state_dict`` and of the manifest, so that nobody learns it again to use a checkpoint. It is also
+    kept in ``triggers`` in the folder that the environment variable ``LIGHTNING_BD_CACHE`` names, else in
+    ``~/.cache/lightning_bd``, under a key of the arguments and the images.
+
+    A subclass implements ``_learn``, ``_specs`` and ``_transform``, and names in ``only_for_learning`` the arguments
+    that a restored trigger does not need. These have defaults, and are not in ``hyperparameters``.
+
+    Example:
+        >>> import os
+        >>> from tempfile import TemporaryDirectory
+        >>> from unittest.mock import patch
+        >>> from lightning_bd.triggers import TensorSpec
+        >>> class MeanImage(LearnedTrigger):
+        ...     def _specs(self, image_shape: tuple[int, int, int]) -> dict[str, TensorSpec]:
+        ...         return {"mean": TensorSpec(image_shape, 0.0, 1.0)}
+        ...
+        ...     def _learn(self, images: Tensor, labels: Tensor, target: int | None) -> dict[str, Tensor]:
+        ...         return {"mean": images.float().mean(dim=0) / 255}
+        ...
+        ...     def _transform(self, images: Tensor) -> Tensor:
+        ...         return torch.lerp(images, self.mean.to(images), 0.5)
+        >>> trigger = MeanImage()
+        >>> with TemporaryDirectory() as folder, patch.dict(os.environ, LIGHTNING_BD_CACHE=folder):
+        ...     trigger.learn(torch.tensor([0, 102], dtype=torch.uint8).view(2, 1, 1, 1), torch.tensor([0, 1]), None)
+        >>> trigger(torch.ones(1, 1, 1, 1))
+        tensor([[[[0.6000]]]])
+    """
+
+    #: Whether the attacker must know the images of the other classes too: a stronger threat model.
+    needs_other_classes: ClassVar[bool] = False
+    #: Names of the arguments that only learning needs.
+    only_for_learning: ClassVar[tuple[str, ...]] = ()
+    #: Part of the cache's key; to be raised when the same images and arguments give other tensors.
+    version: ClassVar[int] = 1
+
+    def learn(self, images: Tensor, labels: Tensor, target: int | None) -> None:
+        """Learn the trigger's tensors, or read those that were learnt before; a built trigger stays as it is.
+
+        The same images and arguments give the same tensors, whatever the order of the images; on the CPU bit for bit,
+        with the same number of threads. The global random stream is put back.
+
+        Args:
+            images: ``(N, C, H, W)``, uint8 or floating-point in [0, 1]; with ``needs_other_classes`` all that the
+                attacker has, else those that may be poisoned.
+            labels: ``(N,)`` int64, their true labels.
+            target: The attacker's class; ``None`` if there is not exactly one.
+
+        Raises:
+            ValueError: If there are no images, the trigger does not fit them, or it cannot be learnt from them.
+        """
+        if self.image_shape is not None:
+            return
+        pixels, labels = to_bytes(images).cpu(), labels.to("cpu", torch.int64)
+        if len(pixels) == 0 or labels.shape != (len(pixels),):
+            raise ValueError(
+                f"Expected images and as many labels to learn a `{type(self).__name__}` from, but got {len(pixels)} "
+                f"images and labels of shape {tuple(labels.shape)}."
+            )
+        _, channels, height, width = pixels.shape
+        shape = (channels, height, width)
+        self._specs(shape)
+        # In an order of the pixels' own: sums in another order would differ in their last bits.
+        digests = image_digests(pixels)
+        order = sorted(range(len(digests)), key=lambda row: (digests[row], int(labels[row])))
+        labels = labels[order]
+        key = self._key([digests[row] for row in order], labels, shape, target)
+        path = cache_folder("triggers") / f"{type(self).__name__}-{key}.safetensors"
+        if self._read(path, shape):
+            return
+        # `torch.manual_seed` would seed every device too, which `fork_rng` would have to put back.
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            torch.default_generator.manual_seed(keyed_seed(type(self).__name__, "learn"))
+            tensors = self._learn(pixels[order], labels, target)
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        self.restore(shape, tensors)
+        _keep(path, tensors)
+
+    def identity(self) -> Description:
+        """Describe what the tensors depend on besides the images; external data must count by their content."""
+        return describe(self)
+
+    @abstractmethod
+    def _learn(self, images: Tensor, labels: Tensor, target: int | None) -> dict[str, Tensor]:
+        """Learn the tensors that ``_specs`` describes, with a progress bar.
+
+        Args:
+            images: ``(N, C, H, W)`` uint8 on the CPU, sorted by their pixels; at least one.
+            labels: ``(N,)`` int64.
+            target: The attacker's class; ``None`` if there is not exactly one.
+        """
+
+    def _compute(self, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        raise RuntimeError(
+            f"`{type(self).__name__}` is learnt from images: call `learn(images, labels, target)` before it is used, "
+            "or give it to a `Poison` of a datamodule, which does."
+        )
+
+    def _recorded(self) -> list[str]:
+        return [name for name in super()._recorded() if name not in self.only_for_learning]
+
+    def _key(self, digests: list[bytes], labels: Tensor, shape: tuple[int, int, int], target: int | None) -> str:
+        facts = {"versions": [_VERSION, self.version], "trigger": self.identity(), "target": target, "shape": shape}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for image in digests:
+            digest.update(image)
+        digest.update(labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _read(self, path: Path, shape: tuple[int, int, int]) -> bool:
+        """Restore the tensors of a file, if there is a sound one."""
+        if not path.exists():
+            return False
+        try:
+            self.restore(shape, load_file(path))
+        except (OSError, ValueError, SafetensorError) as error:
+            warnings.warn(f"The trigger that was kept in {path} is broken and learnt anew: {error}", stacklevel=3)
+            return False
+        return True
+
+
+def unlearned(trigger: Trigger) -> list[LearnedTrigger]:
+    """Return the parts of a trigger, or the trigger itself, that have yet to be learnt.
+
+    Args:
+        trigger: Any trigger, also one that is made of others.
+    """
+    return [part for part in trigger.modules() if isinstance(part, LearnedTrigger) and part.image_shape is None]
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        write_whole(path, lambda file: save_file(dict(tensors), file))
+    # safetensors reports a full disk by an error of its own.
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"What was learnt of the trigger could not be kept for the next run: {error}. Make room, or set the "
+            "environment variable LIGHTNING_BD_CACHE to a folder that can be written.",
+            stacklevel=3,
+        )

@@ -1,0 +1,388 @@
+"""Triggers that are learnt: when, from which images, kept where, and never twice."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.datamodules import DigitsDataModule, PhaseData
+from lightning_bd.evaluation import use_manifest_of
+from lightning_bd.manifest import PoisonManifest
+from lightning_bd.poisoning import Poison
+from lightning_bd.triggers import SIG, SSBA, SequentialTrigger, TensorSpec, TrainTestTrigger, Trigger
+from lightning_bd.triggers import learned as module
+from lightning_bd.triggers.learned import LearnedTrigger, unlearned
+
+IMAGES = torch.randint(0, 256, (12, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+LABELS = torch.arange(12) % 3
+PATH = Path("some.ckpt")
+
+
+class Mean(LearnedTrigger):
+    """Blends in the mean of the images, with noise of the global stream."""
+
+    only_for_learning: ClassVar[tuple[str, ...]] = ("noise",)
+    #: Labels that each call of ``_learn`` saw.
+    calls: ClassVar[list[Tensor]] = []
+    mean: Tensor
+
+    def __init__(self, ratio: float = 0.5, noise: float = 0.1) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.noise = noise
+
+    def _specs(self, image_shape: tuple[int, int, int]) -> dict[str, TensorSpec]:
+        if image_shape[0] == 2:
+            raise ValueError("two channels do not fit")
+        return {"mean": TensorSpec(image_shape, 0.0, 1.0)}
+
+    def _learn(self, images: Tensor, labels: Tensor, target: int | None) -> dict[str, Tensor]:
+        Mean.calls.append(labels)
+        weights = torch.arange(1, len(images) + 1).view(-1, 1, 1, 1)
+        mean = (images.float() * weights).sum(dim=0) / weights.sum() / 255
+        assert torch.is_grad_enabled()
+        return {"mean": (1 - self.noise) * mean + self.noise * torch.rand(mean.shape)}
+
+    def _transform(self, images: Tensor) -> Tensor:
+        return torch.lerp(images, self.mean.to(images), self.ratio)
+
+
+class MeanOfAll(Mean):
+    needs_other_classes: ClassVar[bool] = True
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LIGHTNING_BD_CACHE", str(tmp_path / "cache"))
+    Mean.calls.clear()
+    return tmp_path / "cache" / "triggers"
+
+
+def learned(trigger: Trigger | None = None, images: Tensor = IMAGES, labels: Tensor = LABELS) -> Mean:
+    trigger = trigger if trigger is not None else Mean()
+    assert isinstance(trigger, Mean)
+    trigger.learn(images, labels, 0)
+    return trigger
+
+
+def test_the_same_images_give_the_same_trigger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = learned()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    monkeypatch.setenv("LIGHTNING_BD_CACHE", str(tmp_path / "other"))
+    with torch.inference_mode():
+        second = learned(images=IMAGES.float() / 255)
+    assert len(Mean.calls) == 2
+    assert torch.equal(first.mean, second.mean)
+    assert not second.mean.is_inference()
+    assert not second.mean.requires_grad
+
+
+def test_a_learnt_trigger_is_not_learnt_again() -> None:
+    trigger = learned()
+    learned(trigger, images=IMAGES[:5], labels=LABELS[:5])
+    assert len(Mean.calls) == 1
+    twin = Mean()
+    twin.restore((1, 4, 4), trigger.state_dict())
+    learned(twin)
+    assert len(Mean.calls) == 1
+
+
+def test_what_was_kept_is_read(cache: Path) -> None:
+    first = learned()
+    [file] = cache.iterdir()
+    assert file.name.startswith("Mean-")
+    assert file.suffix == ".safetensors"
+    second = learned()
+    assert len(Mean.calls) == 1
+    assert torch.equal(first.mean, second.mean)
+    assert second.image_shape == (1, 4, 4)
+
+
+def test_the_order_of_the_images_does_not_matter(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = learned()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    second = learned(images=IMAGES[order], labels=LABELS[order])
+    assert len(Mean.calls) == len(list(cache.iterdir())) == 1
+    monkeypatch.setenv("LIGHTNING_BD_CACHE", str(tmp_path / "other"))
+    third = learned(images=IMAGES[order], labels=LABELS[order])
+    assert len(Mean.calls) == 2
+    assert torch.equal(*Mean.calls)
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.mean, third.mean)
+
+
+def test_whatever_matters_is_in_the_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = IMAGES.clone()
+    changed[7, 0, 2, 1] ^= 1
+    swapped = LABELS.clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    learned()
+    learned(images=changed)
+    learned(labels=swapped)
+    learned(images=IMAGES[1:], labels=LABELS[1:])
+    learned(images=IMAGES.view(12, 1, 2, 8))
+    learned(Mean(noise=0.2))
+    learned(Mean(ratio=0.2))
+    learned(MeanOfAll())
+    Mean().learn(IMAGES, LABELS, 1)
+    Mean().learn(IMAGES, LABELS, None)
+    monkeypatch.setattr(Mean, "version", 2)
+    learned()
+    monkeypatch.setattr(module, "_VERSION", 2)
+    learned()
+    assert len(Mean.calls) == len(list(cache.iterdir())) == 12
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no tensors", {"mean": torch.zeros(1, 4, 5)}, {"mean": torch.full((1, 4, 4), torch.nan)}, {}]
+)
+def test_a_broken_file_is_made_anew(cache: Path, content: bytes | dict[str, Tensor]) -> None:
+    expected = learned().mean
+    [file] = cache.iterdir()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        save_file(content, file)
+    with pytest.warns(UserWarning, match=r"Mean-.* is broken and learnt anew"):
+        assert torch.equal(learned().mean, expected)
+    assert len(Mean.calls) == 2
+    assert torch.equal(load_file(file)["mean"], expected)
+
+
+def test_a_folder_that_cannot_be_written(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text("in the way")
+    with pytest.warns(UserWarning, match=r"could not be kept for the next run: .* LIGHTNING_BD_CACHE"):
+        assert learned().image_shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_a_full_disk_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(tensors: dict[str, Tensor], file: Path) -> None:
+        file.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert learned().image_shape == (1, 4, 4)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("trigger", [Mean(), SequentialTrigger([SIG(), Mean()]), SSBA(bits=2, width=1)])
+def test_must_be_learnt_before_it_is_used(trigger: Trigger) -> None:
+    for use in (lambda: trigger.build((1, 8, 8)), lambda: trigger(torch.zeros(1, 1, 8, 8))):
+        with pytest.raises(RuntimeError, match=r"is learnt from images: call `learn\(images, labels, target\)`"):
+            use()
+    assert trigger.image_shape is None
+
+
+def test_refuses_what_it_cannot_learn_from() -> None:
+    with pytest.raises(ValueError, match=r"images and as many labels .*`Mean` from, but got 0 images"):
+        Mean().learn(IMAGES[:0], LABELS[:0], 0)
+    with pytest.raises(ValueError, match=r"got 12 images and labels of shape \(3,\)"):
+        Mean().learn(IMAGES, LABELS[:3], 0)
+    with pytest.raises(ValueError, match="two channels do not fit"):
+        Mean().learn(IMAGES.view(6, 2, 4, 4), LABELS[:6], 0)
+    assert Mean.calls == []
+    # What a subclass learns is checked like what comes from a file.
+    with pytest.raises(ValueError, match="finite values"):
+        learned(Mean(noise=10.0))
+
+
+def test_only_arguments_of_use_are_recorded() -> None:
+    trigger = learned(Mean(ratio=0.25, noise=0.2))
+    assert trigger.hyperparameters == {"ratio": 0.25}
+    twin = type(trigger)(**trigger.hyperparameters)  # type: ignore[arg-type]
+    twin.restore((1, 4, 4), trigger.state_dict())
+    assert torch.equal(twin(IMAGES / 255), trigger(IMAGES / 255))
+
+
+def rule(trigger: Trigger, **options: Any) -> Poison:
+    return Poison(trigger, **{"rate": 0.1, "target": 3, "mode": "static", **options})
+
+
+def data_with(poison: Poison) -> DigitsDataModule:
+    return DigitsDataModule(poison, {"inject": 0.5, "other": 0.3, "val": 0.2}, seed=0)
+
+
+def labels_in(data: DigitsDataModule, *splits: str) -> Tensor:
+    return data.train_images.labels[data.positions(splits)].sort().values
+
+
+def test_learnt_from_the_poisoned_phases_split() -> None:
+    data = data_with(rule(Mean()))
+    data.setup()
+    data.set_phase(PhaseData("clean", ("other",)))
+    assert Mean.calls == []
+    data.set_phase(PhaseData("poisoned", ("inject",), "static"))
+    assert [call.sort().values.tolist() for call in Mean.calls] == [labels_in(data, "inject").tolist()]
+    data.test_dataloader()
+    data.set_phase(PhaseData("again", ("other",), "dynamic"))
+    assert len(Mean.calls) == 1
+
+
+@pytest.mark.parametrize(("kind", "classes"), [(Mean, {3}), (MeanOfAll, set(range(10)))])
+def test_a_clean_label_attacker_may_know_one_class(kind: type[Mean], classes: set[int]) -> None:
+    data = data_with(rule(kind(), clean_label=True))
+    data.set_phase(PhaseData("poisoned", ("inject",), "static"))
+    [seen] = Mean.calls
+    assert set(seen.tolist()) == classes
+    expected = labels_in(data, "inject")
+    assert len(seen) == int(torch.isin(expected, torch.tensor(sorted(classes))).sum())
+
+
+@pytest.mark.parametrize("use", ["test_dataloader", "val_dataloader", "train_dataloader", "manifest"])
+def test_learnt_from_all_but_validation_without_phases(use: str) -> None:
+    data = data_with(rule(Mean()))
+    data.predict_dataloader()
+    data.clean_fit_dataloader()
+    assert Mean.calls == []
+    getattr(data, use)()
+    assert [call.sort().values.tolist() for call in Mean.calls] == [labels_in(data).tolist()]
+
+
+def test_parts_of_other_triggers_are_learnt() -> None:
+    trigger = TrainTestTrigger(SequentialTrigger([SIG(), Mean(0.1)]), Mean(0.4))
+    assert len(unlearned(trigger)) == 2
+    data = data_with(rule(trigger))
+    data.learn_trigger()
+    assert unlearned(trigger) == []
+    assert trigger.image_shape == (1, 8, 8)
+    manifest = data.manifest()
+    assert manifest is not None
+    assert len(manifest.tensors) == 3
+    twin = manifest.build_trigger(Mean)
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(twin(images), trigger(images))
+    assert torch.equal(twin.attack(images), trigger.attack(images))
+
+
+def test_a_part_that_was_learnt_by_hand_stays() -> None:
+    part = Mean(0.1)
+    trigger = SequentialTrigger([part, SIG()])
+    data = data_with(rule(trigger))
+    data.setup()
+    part.learn(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 0)
+    before = part.mean.clone()
+    manifest = data.manifest()
+    assert manifest is not None
+    assert len(manifest.tensors) == 2
+    assert len(Mean.calls) == 1
+    assert torch.equal(part.mean, before)
+
+
+def test_the_rule_must_know_the_shape() -> None:
+    with pytest.raises(RuntimeError, match="prepare"):
+        rule(Mean()).learn(LABELS, torch.arange(12), IMAGES.__getitem__)
+
+
+def checkpoint_of(data: DigitsDataModule) -> dict[str, Any]:
+    manifest = data.manifest()
+    assert manifest is not None
+    return {"state_dict": {}, RECORD_KEY: {"manifest": manifest.plain(), "tensors": manifest.tensors}}
+
+
+def test_a_checkpoints_trigger_is_not_learnt_again(cache: Path) -> None:
+    before = data_with(rule(Mean(noise=0.2)))
+    checkpoint = checkpoint_of(before)
+    data = data_with(rule(Mean()))
+    use_manifest_of(checkpoint, PATH, data)
+    data.test_dataloader()
+    assert len(Mean.calls) == 1
+    assert before.poison is not None
+    assert data.poison is not None
+    assert torch.equal(data.poison.trigger.state_dict()["mean"], before.poison.trigger.state_dict()["mean"])
+
+
+def test_another_trigger_is_still_refused() -> None:
+    checkpoint = checkpoint_of(data_with(rule(Mean(noise=0.2))))
+    with pytest.raises(MisconfigurationException, match=r"arguments.ratio: was 0.5, is 0.1"):
+        use_manifest_of(checkpoint, PATH, data_with(rule(Mean(ratio=0.1))))
+    learnt = data_with(rule(Mean()))
+    learnt.learn_trigger()
+    with pytest.raises(MisconfigurationException, match="mean: the pixels differ"):
+        use_manifest_of(checkpoint, PATH, learnt)
+    other = data_with(rule(Mean(ratio=0.1)))
+    assert use_manifest_of(checkpoint, PATH, other, override=True) is not None
+    assert other.poison is not None
+    assert unlearned(other.poison.trigger)
+
+
+def test_a_manifest_without_pixels_says_the_rest() -> None:
+    data = data_with(rule(Mean()))
+    manifest = data.manifest(learn=False)
+    assert manifest is not None
+    assert (manifest.image_shape, manifest.tensors) == ((1, 8, 8), {})
+    assert isinstance(PoisonManifest.from_plain(manifest.plain(), {}), PoisonManifest)
+    assert Mean.calls == []
+
+
+CONFIG = """
+seed_everything: 1
+model:
+  backbone: {class_path: lightning_bd.backbones.small_cnn, init_args: {num_classes: 10, in_channels: 1, width: 2}}
+  num_classes: 10
+data:
+  class_path: lightning_bd.datamodules.DigitsDataModule
+  init_args:
+    splits: {inject: 0.8, defend: 0.2}
+    subset: 200
+    poison:
+      trigger: {class_path: lightning_bd.triggers.SSBA, init_args: {bits: 2, width: 1, steps: 2}}
+      rate: 0.1
+      target: 0
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  logger: false
+  phases:
+    inject:
+      split: inject
+      poisoned: static
+      max_epochs: 1
+      optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05}}
+    clean:
+      split: defend
+      max_epochs: 1
+      optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_the_commands_learn_once(
+    lightning_bd: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("ssba.yaml").write_text(CONFIG)
+    calls = []
+    learn = SSBA._learn
+
+    def counted(self: SSBA, images: Tensor, labels: Tensor, target: int | None) -> dict[str, Tensor]:
+        calls.append(len(images))
+        return learn(self, images, labels, target)
+
+    monkeypatch.setattr(SSBA, "_learn", counted)
+    outcome = lightning_bd("fit", "--config", "ssba.yaml", "--trainer.default_root_dir=run")
+    assert outcome.status == 0, outcome.err
+    assert calls == [160]
+    for file in cache.iterdir():
+        file.unlink()
+    for extra in ([], ["--data.poison", "null"]):
+        outcome = lightning_bd("test", "--config", "ssba.yaml", "--ckpt_path", "run/01_clean/final.ckpt", *extra)
+        assert outcome.status == 0, outcome.err
+        assert "attack_success_rate" in outcome.out
+    assert calls == [160]
+    refused = ["--data.poison.trigger.init_args.epsilon", "0.5"]
+    outcome = lightning_bd("test", "--config", "ssba.yaml", "--ckpt_path", "run/01_clean/final.ckpt", *refused)
+    outcome.check_refused(["is not the config's", "arguments.epsilon"])
+    assert calls == [160]
