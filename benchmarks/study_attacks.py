@@ -61,7 +61,10 @@ def train(attack: str, seed: int, arguments: argparse.Namespace) -> None:
 def extra(attack: str, arguments: argparse.Namespace) -> list[str]:
     """Return what an attack cannot do without."""
     if attack == "narcissus" and arguments.ood is not None:
-        return [f"--data.poison.trigger.ood={arguments.ood}"]
+        return [f"--data.poison.trigger.ood={arguments.ood}", "--data.poison.trigger.max_images=100"]
+    if attack == "adaptive_blend":
+        # Its 0.003 is 150 of CIFAR-10's images, and next to none of a small set's.
+        return [f"--data.poison.rate={arguments.adaptive_rate}", f"--data.poison.cover_rate={arguments.adaptive_rate}"]
     return []
 
 
@@ -136,6 +139,7 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=shipped, default=[a for a in shipped if a not in LEFT_OUT])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ood", type=Path, help="folder of labelled other images, for narcissus")
+    parser.add_argument("--adaptive_rate", type=float, default=0.05, help="both rates of adaptive_blend")
     parser.add_argument("--board", type=Path, help="CSV of BackdoorBench's board")
     parser.add_argument("--output", type=Path, default=Path("runs/study_attacks"))
     parser.add_argument("--report", action="store_true", help="run nothing, report what has finished")

@@ -50,7 +50,7 @@ _USAGE = {
     "filter": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detector NAME] [--keep SHARE] [options]",
     "interpolate": "A.ckpt B.ckpt [--config NAME_OR_FILE] [options]",
     "landscape": "CKPT [--config NAME_OR_FILE] [options]",
-    "poison": "--config NAME_OR_FILE --output FOLDER [--phase NAME] [options]",
+    "poison": "--config NAME_OR_FILE --output FOLDER [--ckpt_path CKPT] [--phase NAME] [options]",
     "preview": "--config NAME_OR_FILE [--ckpt_path CKPT] [--images NUMBER] [--output FILE] [options]",
     "score": "--ckpt_path CKPT [--config NAME_OR_FILE] [--detectors NAME ...] [--ood.NAME FOLDER ...] [options]",
     "sharpness": "CKPT [--config NAME_OR_FILE] [options]",

@@ -121,7 +121,7 @@ def merged_config(names: Sequence[str]) -> dict[str, Any]:
         )
     merged: dict[str, Any] = {}
     for name in names:
-        merged = _merge(merged, read_config(find_config(name)))
+        merged = _merge(merged, _with_flat_model(read_config(find_config(name))))
     return merged
 
 
@@ -200,13 +200,21 @@ def expand_configs(args: list[str], folder: Path) -> list[str]:
     merged.setdefault("trainer", {}).setdefault("default_root_dir", str(Path("runs") / "-".join([stems[0], *attacks])))
     if isinstance(model := merged.get("model"), dict):
         model.pop("class_path", None)
-        merged["model"] = _merge(model, model.pop("init_args", None) or {})
     subcommand, *others = rest if rest else [""]
     if subcommand.startswith("-"):
         raise ConfigError(f"The subcommand comes first: lightning-bd fit --config {names[0]} ...")
     file = folder / f"{stems[0]}.yaml"
     file.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
     return [subcommand, f"--config={file}", *others]
+
+
+def _with_flat_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config whose model's arguments stand beside ``class_path``, as they do where no class is named."""
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
+        return config
+    rest = {key: value for key, value in model.items() if key != "init_args"}
+    return {**config, "model": _merge(rest, model["init_args"])}
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_bd import label_maps, triggers
+from lightning_bd.cache import write_whole
 from lightning_bd.description import describe, differences
 from lightning_bd.label_maps import LabelMap
 from lightning_bd.triggers import Trigger
@@ -25,6 +27,11 @@ __all__ = ("PoisonManifest",)
 
 #: A hostile file must not use up Python's stack, when it is read or when its trigger is used.
 _MAX_DEPTH = 8
+
+#: Of a value of a file, which may be of any size and depth.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlevel = 6
 
 Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
 
@@ -137,7 +144,8 @@ class PoisonManifest:
             if name not in values:
                 raise ValueError(f"The poison manifest lacks the field '{name}'.")
             if not is_right(values[name]):
-                raise ValueError(f"Expected the poison manifest's `{name}` to be {expected}, but got {values[name]!r}.")
+                shown = _REPR.repr(values[name])
+                raise ValueError(f"Expected the poison manifest's `{name}` to be {expected}, but got {shown}.")
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
         ):
@@ -148,8 +156,10 @@ class PoisonManifest:
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json`` and ``manifest.safetensors`` into ``folder``."""
-        save_file({k: v.contiguous() for k, v in self.tensors.items()}, folder / "manifest.safetensors")
-        (folder / "manifest.json").write_text(json.dumps(self.plain(), indent=2) + "\n", encoding="utf-8")
+        tensors, text = {k: v.contiguous() for k, v in self.tensors.items()}, json.dumps(self.plain(), indent=2) + "\n"
+        # Each as a whole: a run that is cut here must be able to go on with its trigger.
+        write_whole(folder / "manifest.safetensors", lambda file: save_file(tensors, file))
+        write_whole(folder / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: Path) -> "PoisonManifest":
@@ -181,14 +191,25 @@ class PoisonManifest:
         choices = {cls.__qualname__: cls for cls in given}
         offered = {name: getattr(triggers, name) for name in triggers.__all__}
         choices |= {n: cls for n, cls in offered.items() if issubclass(cls, Trigger) and cls is not Trigger}
+        trigger = _unbuilt(self.trigger, choices)
+        self.restore(trigger)
+        return trigger
+
+    def restore(self, trigger: Trigger) -> None:
+        """Give a trigger of the same class and arguments the saved pixels.
+
+        Args:
+            trigger: The trigger.
+
+        Raises:
+            ValueError: If the tensors do not fit it.
+        """
         prefix = "trigger."
         tensors = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
-        trigger = _unbuilt(self.trigger, choices)
         try:
             trigger.restore(self.image_shape, tensors)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"The manifest's trigger {self.trigger['class']} cannot be built: {error}") from error
-        return trigger
 
     def build_label_map(self) -> LabelMap:
         """Rebuild the label map.
@@ -239,6 +260,9 @@ def _unbuilt(recipe: Mapping[str, Plain], choices: Mapping[str, type[Trigger]], 
             f"The manifest's trigger {name!r} is not one of lightning_bd.triggers ({', '.join(choices)}). "
             "Give a config whose `data.poison.trigger` is that class."
         )
+    unknown = sorted(map(str, set(arguments) - set(choices[name].recorded_arguments())))
+    if unknown:
+        raise ValueError(f"The manifest's trigger {name} cannot be built: it records no argument {unknown[0]!r}.")
     values: dict[str, Any] = dict(arguments)
     if issubclass(choices[name], CompositeTrigger):
         if depth == _MAX_DEPTH:
@@ -270,6 +294,16 @@ def _is_classes(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_integer(label) and label >= 0 for label in value)
 
 
+def _is_shallow(value: object, depth: int = 4 * _MAX_DEPTH) -> bool:
+    """Return whether mappings and lists lie in each other no deeper than a trigger's parts may."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return all(depth > 0 and _is_shallow(part, depth - 1) for part in parts)
+
+
+def _is_trigger(value: object) -> bool:
+    return _is_recipe(value) and _is_shallow(value)
+
+
 def _is_recipe(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("class"), str) and isinstance(value.get("arguments"), dict)
 
@@ -286,7 +320,7 @@ def _is_dataset(value: object) -> bool:
 
 #: Per field: what it must be, in words and as a test. A file is not trusted before these hold.
 _CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "trigger": ("a class and its arguments", _is_recipe),
+    "trigger": ("a class and its arguments", _is_trigger),
     "image_shape": ("three positive integers", _is_shape),
     "label_map": ("a class and its arguments", _is_recipe),
     "rate": ("a share in [0, 1]", _is_share),

@@ -244,3 +244,21 @@ def test_the_models_class_is_told_apart_from_its_arguments(tmp_path: Path) -> No
         "model: {class_path: some.Model, init_args: {channels_last: true}}",
     )
     assert merged["model"] == {"num_classes": 3, "channels_last": True}
+
+
+def test_a_later_config_overrides_the_models_arguments_in_either_form(tmp_path: Path) -> None:
+    named = "model: {class_path: some.Model, init_args: {lr: 1, width: 3}}"
+    assert expand(tmp_path, named, "model: {lr: 2}")["model"] == {"lr": 2, "width": 3}
+    assert expand(tmp_path, "model: {lr: 2}", named)["model"] == {"lr": 1, "width": 3}
+
+
+def test_an_attack_keeps_nothing_of_the_poison_before_it(tmp_path: Path) -> None:
+    """Or labels would be kept, and images chosen, that the attack's config says nothing of."""
+    for name in shipped_configs("attack"):
+        poison = expand(tmp_path, Path("wicked_oddities_cifar10_small"), Path(name))["data"]["init_args"]["poison"]
+        alone = yaml.safe_load(find_config(name).read_text())["data"]["init_args"]["poison"]
+        kept = {key for key in poison if key not in alone}
+        # A clean-label attacker may choose its images as before.
+        assert kept <= ({"selection"} if alone["clean_label"] else set()) | {"trigger"}, name
+        assert "trigger" in alone or name == "attack/precomputed"
+        assert {"rate", "target", "mode", "cover_rate", "cover_classes", "crafting"} <= set(alone)

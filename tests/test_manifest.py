@@ -164,6 +164,26 @@ def test_refuses_triggers_nested_without_end() -> None:
             replace(manifest, trigger=nested(depth)).build_trigger()
 
 
+def test_refuses_values_nested_without_end() -> None:
+    """Before anything walks through them."""
+    manifest = described(SIG())
+    for depth in (40, 5000):
+        values = manifest.plain() | {"trigger": nested(depth)}
+        with pytest.raises(ValueError, match=r"manifest's `trigger` to be a class and its arguments, but got \{"):
+            PoisonManifest.from_plain(values, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("SSBA", {"device": "nowhere"}), ("Narcissus", {"ood": "/", "surrogate": {"a": 1}}), ("SIG", {"nosuch": 1})],
+)
+def test_refuses_arguments_that_no_manifest_records(name: str, arguments: dict[str, Plain]) -> None:
+    """Those that say how a trigger is learnt are the config's alone."""
+    manifest = replace(described(SIG()), trigger={"class": name, "arguments": arguments})
+    with pytest.raises(ValueError, match=rf"trigger {name} cannot be built: it records no argument '"):
+        manifest.build_trigger()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,7 +19,7 @@ _LISTS = {"--defenses", "--detectors"}
 # Options without a value.
 _FLAGS = {"--fresh", "--override_trigger", "--override-trigger", "--print_config", "-h", "--help"}
 #: Commands that find the config of a run by its checkpoint.
-_FOLLOW = (*_POSITIONALS, "defend", "score", "filter", "preview")
+_FOLLOW = (*_POSITIONALS, "defend", "score", "filter", "poison", "preview")
 
 
 def expand_arguments(args: list[str]) -> list[str]:

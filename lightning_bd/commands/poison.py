@@ -16,6 +16,7 @@ from lightning_bd.phase_setup import data_of
 from lightning_bd.phases import MultiPhaseTrainer
 from lightning_bd.quiet import threads
 from lightning_bd.results_table import wide_console
+from lightning_bd.triggers import Trigger
 
 __all__ = ("PoisonTrainer",)
 
@@ -29,6 +30,7 @@ class PoisonTrainer(MultiPhaseTrainer):
         datamodule: LightningDataModule,
         output: str | Path,
         phase: str | None = None,
+        ckpt_path: str | Path | None = None,
     ) -> None:
         """Write a poisoned copy of the training set, and the clean test set, as folders of PNG files.
 
@@ -38,15 +40,15 @@ class PoisonTrainer(MultiPhaseTrainer):
         `ImageFolderDataModule` reads the folder in that order.
 
         Args:
-            model: Not used; a config has one.
+            model: Used with a checkpoint only; a config has one.
             datamodule: The data and its poison.
             output: The folder to write; missing or empty.
             phase: The phase whose images are written; the poisoned one if not given, and without phases the whole
                 training set.
+            ckpt_path: A checkpoint whose trigger is used; needed for one that is trained with a model.
         """
-        del model
         self._refuse_fresh()
-        data = _poisoned_data(datamodule)
+        data = self._attacked_data(model, datamodule, ckpt_path)
         if not is_first_process():
             return
         written = self._poisoned_phase(data, phase)
@@ -92,14 +94,7 @@ class PoisonTrainer(MultiPhaseTrainer):
         for name, value in (("images", images), ("max_images", max_images)):
             if value < 1:
                 raise ValueError(f"Expected argument `{name}` to be a positive integer, but got {value}.")
-        if ckpt_path is None:
-            data = _poisoned_data(datamodule)
-        else:
-            data = own_data(datamodule)
-            data.prepare_data()
-            path = Path(ckpt_path)
-            if take_over(path, model, data, override_trigger=self.override_trigger) is None:
-                raise MisconfigurationException(f"{path} has no manifest, so its trigger is not known.")
+        data = self._attacked_data(model, datamodule, ckpt_path)
         if not is_first_process():
             return
         path = Path(output) if output is not None else Path(self.default_root_dir) / "preview.png"
@@ -111,6 +106,29 @@ class PoisonTrainer(MultiPhaseTrainer):
         console = wide_console()
         console.print(table)
         console.print(f"Figure: {path}", soft_wrap=True, markup=False, highlight=False)
+
+    def _attacked_data(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None
+    ) -> ImageDataModule:
+        """Return the data with its trigger: that of the checkpoint, if one is given."""
+        data = own_data(datamodule)
+        if ckpt_path is None:
+            if data.poison is None:
+                raise MisconfigurationException(
+                    "The config has no `data.init_args.poison`: say how images are poisoned."
+                )
+            trained = [each for each in data.poison.trigger.modules() if isinstance(each, Trigger) and each.is_trained]
+            if trained:
+                raise MisconfigurationException(
+                    f"{type(trained[0]).__name__} is trained together with a model, and is nothing before: give a"
+                    " checkpoint of it, `--ckpt_path X`."
+                )
+        data.prepare_data()
+        if ckpt_path is not None:
+            path = Path(ckpt_path)
+            if take_over(path, model, data, override_trigger=self.override_trigger) is None:
+                raise MisconfigurationException(f"{path} has no manifest, so its trigger is not known.")
+        return data
 
     def _poisoned_phase(self, data: ImageDataModule, name: str | None) -> PhaseData:
         """Return the phase whose images are to be written."""
@@ -131,11 +149,3 @@ class PoisonTrainer(MultiPhaseTrainer):
             raise MisconfigurationException(
                 "`--fresh` is for `fit` and `defend`, which go on in their folders; this command writes its own anew."
             )
-
-
-def _poisoned_data(datamodule: LightningDataModule) -> ImageDataModule:
-    data = own_data(datamodule)
-    if data.poison is None:
-        raise MisconfigurationException("The config has no `data.init_args.poison`: say how images are poisoned.")
-    data.prepare_data()
-    return data

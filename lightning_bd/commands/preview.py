@@ -13,7 +13,6 @@ from lightning_bd.datamodules.loader import BatchLoader, Place
 from lightning_bd.datamodules.rendering import to_float
 from lightning_bd.functional.stealth import largest_change, peak_signal_to_noise_ratio, structural_similarity
 from lightning_bd.reports.preview import preview_figure
-from lightning_bd.triggers import Trigger
 
 __all__ = ("Stealth", "draw_preview")
 
@@ -69,15 +68,16 @@ def draw_preview(data: ImageDataModule, path: Path, images: int, max_images: int
     """
     poison = data.poison
     assert poison is not None
-    name = type(poison.trigger).__name__
-    if type(poison.trigger).attack is not Trigger.attack:
-        name += " (its test trigger)"
     victims = data.test_dataloader()[1].positions
     measured = _measure(data, victims[_spread(len(victims), max_images)])
     # By class: evenly spread, they are of as many classes as possible.
     by_class = victims[data.test_images.labels[victims].argsort(stable=True)]
     shown = by_class[_spread(len(victims), images)]
     clean, triggered, labels = _changed(data, shown)
+    name = type(poison.trigger).__name__
+    with torch.no_grad():
+        if not torch.equal(poison.trigger(clean), poison.trigger.attack(clean)):
+            name += " (its test trigger)"
     names = data.test_images.class_names
     captions = [
         names[before] if before == after else f"{names[before]} to {names[after]}"

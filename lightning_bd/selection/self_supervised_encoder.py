@@ -21,7 +21,7 @@ from lightning_bd.backbones import resnet18
 from lightning_bd.cache import cache_folder, write_whole
 from lightning_bd.description import Description, describe
 from lightning_bd.functional.augmented_view import augmented_view
-from lightning_bd.functional.draws import keyed_generator, keyed_seed
+from lightning_bd.functional.draws import keyed_generator, keyed_global_state
 from lightning_bd.functional.modes import mode
 from lightning_bd.selection.digests import image_digests, to_bytes
 from lightning_bd.selection.encoders import Encoder
@@ -198,8 +198,7 @@ class SelfSupervisedEncoder(Encoder):
 
     def _headless(self, pool: Tensor) -> nn.Module:
         """Return a new network whose output are the features."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(self.seed, "self-supervised weights"))
+        with keyed_global_state(self.seed, "self-supervised weights"):
             network = self.backbone(2, pool.shape[1], **self.backbone_arguments)
         sample = pool[:2].float() / 255
         head = _last_linear(network, sample)
@@ -208,10 +207,8 @@ class SelfSupervisedEncoder(Encoder):
 
     def _fit(self, network: nn.Module, pool: Tensor) -> None:
         projection_head, nt_xent = _lightly()
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            # Layers such as dropout draw from the global stream.
-            torch.manual_seed(keyed_seed(self.seed, "self-supervised training"))
+        # Layers such as dropout draw from the global stream.
+        with keyed_global_state(self.seed, "self-supervised training", device=self._device):
             with torch.no_grad():
                 width = network.eval()(pool[:1].to(self._device).float() / 255).shape[1]
             model = nn.Sequential(network, projection_head(width, width, 128)).to(self._device)

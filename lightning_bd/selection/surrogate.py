@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lightning_bd.backbones import resnet18
-from lightning_bd.functional.draws import keyed_generator, keyed_seed
+from lightning_bd.functional.draws import keyed_generator, keyed_global_state
 from lightning_bd.functional.modes import mode
 
 __all__ = ("Surrogate",)
@@ -101,9 +101,7 @@ class Surrogate:
         """
         if len(images) < 2:
             raise ValueError(f"Expected at least 2 images to train a surrogate on, but got {len(images)}.")
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(keyed_seed(self.seed, "surrogate"))
+        with keyed_global_state(self.seed, "surrogate", device=self._device):
             backbone = self.backbone(int(labels.max()) + 1, images.shape[1], **self.backbone_arguments)
             network = nn.Sequential(_Normalize(*self._statistics(images)), backbone).to(self._device)
             self._fit(network, images, labels, note, perturb)

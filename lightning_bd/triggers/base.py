@@ -74,7 +74,7 @@ class Trigger(nn.Module, ABC):
         """
         kind = type(self)
         values: dict[str, object] = {}
-        for name in self._recorded():
+        for name in self.recorded_arguments():
             # An AttributeError inside a property would be swallowed by `nn.Module.__getattr__`.
             if not hasattr(self, name):
                 raise TypeError(f"Expected `{kind.__name__}` to keep its argument `{name}` as an attribute.")
@@ -185,9 +185,10 @@ class Trigger(nn.Module, ABC):
     def _transform(self, images: Tensor) -> Tensor:
         """Return changed copies of checked images, in [0, 1]."""
 
-    def _recorded(self) -> list[str]:
+    @classmethod
+    def recorded_arguments(cls) -> list[str]:
         """Return the names of the ``__init__`` arguments that :attr:`hyperparameters` holds."""
-        return list(inspect.signature(type(self)).parameters)
+        return list(inspect.signature(cls).parameters)
 
     def _checked(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         if len(image_shape) != 3 or not all(isinstance(side, int) and side > 0 for side in image_shape):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_bd.cache import cache_folder, write_whole
 from lightning_bd.description import Description, describe
-from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.functional.draws import keyed_global_state
 from lightning_bd.selection.digests import image_digests, to_bytes
 from lightning_bd.triggers.base import Trigger
 
@@ -98,9 +98,7 @@ class LearnedTrigger(Trigger):
         path = cache_folder("triggers") / f"{type(self).__name__}-{key}.safetensors"
         if self._read(path, shape):
             return
-        # `torch.manual_seed` would seed every device too, which `fork_rng` would have to put back.
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.default_generator.manual_seed(keyed_seed(type(self).__name__, "learn"))
+        with keyed_global_state(type(self).__name__, "learn"), torch.inference_mode(False), torch.enable_grad():
             tensors = self._learn(pixels[order], labels, target)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
         self.restore(shape, tensors)
@@ -126,8 +124,10 @@ class LearnedTrigger(Trigger):
             "or give it to a `Poison` of a datamodule, which does."
         )
 
-    def _recorded(self) -> list[str]:
-        return [name for name in super()._recorded() if name not in self.only_for_learning]
+    @classmethod
+    def recorded_arguments(cls) -> list[str]:
+        """Return the names of the ``__init__`` arguments that are not only for learning."""
+        return [name for name in super().recorded_arguments() if name not in cls.only_for_learning]
 
     def _key(self, digests: list[bytes], labels: Tensor, shape: tuple[int, int, int], target: int | None) -> str:
         facts = {"versions": [_VERSION, self.version], "trigger": self.identity(), "target": target, "shape": shape}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_bd.functional.draws import keyed_seed
+from lightning_bd.functional.draws import keyed_global_state
 from lightning_bd.triggers.base import TensorSpec, Trigger
 
 __all__ = ("NetworkTrigger",)
@@ -70,9 +70,7 @@ class NetworkTrigger(Trigger):
         }
 
     def _compute(self, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        # `torch.manual_seed` would seed every device too, which `fork_rng` would have to put back.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(keyed_seed(self.seed, "network trigger"))
+        with keyed_global_state(self.seed, "network trigger"), torch.device("cpu"):
             network = self._network(image_shape).float()
         return {f"network.{name}": tensor.detach() for name, tensor in network.state_dict().items()}
 

@@ -25,7 +25,7 @@ from lightning_bd.functional.stealth import largest_change, peak_signal_to_noise
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.phase import Phase
 from lightning_bd.poisoning import Poison
-from lightning_bd.triggers import BadNets, Blended, TrainTestTrigger
+from lightning_bd.triggers import BadNets, Blended, LIRATrigger, TrainTestTrigger
 
 Command = Callable[..., Any]
 
@@ -342,3 +342,24 @@ def test_the_arguments_of_preview(lightning_bd: Command) -> None:
         quiet_trainer().preview(MODEL, DigitsDataModule())
     quiet_trainer().preview(MODEL, digits(), images=1, max_images=1)
     assert Path("preview.png").is_file()
+
+
+def test_a_trained_trigger_is_used_as_it_was_trained(lightning_bd: Command, tmp_path: Path) -> None:
+    """And by no command before it is: what nobody trained is no attack."""
+    options = ("--config", "badnets_digits", "--config", "attack/lira", "--data.subset=100", "--data.test_subset=50")
+    for command in (("poison", "--output", "early"), ("preview",)):
+        lightning_bd(*command, *options).check_refused(["LIRATrigger is trained together with a model", "--ckpt_path"])
+    assert not Path("early").exists()
+    run = tmp_path / "runs" / "badnets_digits-lira"
+    fitted = lightning_bd("fit", *options, "--trainer.max_epochs=1", "--model.backbone.init_args.width=2")
+    assert fitted.status == 0, fitted.err
+    (checkpoint,) = run.glob("*/final.ckpt")
+    written = lightning_bd("poison", "--ckpt_path", checkpoint, "--output", "poisoned")
+    assert written.status == 0, written.err
+    trained, found = (PoisonManifest.load(folder).tensors for folder in (run, Path("poisoned")))
+    names = [name for name in trained if name.startswith("trigger.")]
+    assert names
+    assert all(torch.equal(trained[name], found[name]) for name in names)
+    fresh = LIRATrigger(**PoisonManifest.load(run).trigger["arguments"])  # type: ignore[arg-type]
+    fresh.build((1, 32, 32))
+    assert any(not torch.equal(trained[f"trigger.{name}"], tensor) for name, tensor in fresh.state_dict().items())

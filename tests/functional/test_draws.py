@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_bd.functional.draws import keyed_generator, keyed_seed
+from lightning_bd.functional.draws import keyed_generator, keyed_global_state, keyed_seed
 
 
 def test_every_part_of_the_key_counts() -> None:
@@ -48,3 +48,33 @@ def test_generators_are_independent_of_the_global_state_and_leave_it() -> None:
     torch.manual_seed(1)
     assert torch.equal(torch.rand(5, generator=keyed_generator(3, "a")), first)
     assert not torch.equal(torch.rand(5, generator=keyed_generator(3, "b")), first)
+
+
+def test_the_keyed_global_state_is_put_back() -> None:
+    before = torch.get_rng_state()
+    with keyed_global_state(1, "a"):
+        first = torch.rand(3)
+    again = []
+
+    def fail() -> None:
+        with keyed_global_state(1, "a"):
+            again.append(torch.rand(3))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(again[0], first)
+    with keyed_global_state(2, "a"):
+        assert not torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_cuda_is_seeded_where_it_draws_and_left_alone_elsewhere(on_device: bool) -> None:
+    device = torch.device("cuda")
+    before = torch.cuda.get_rng_state()
+    with keyed_global_state(1, "a", device=device if on_device else None):
+        assert torch.equal(torch.cuda.get_rng_state(), before) != on_device
+    assert torch.equal(torch.cuda.get_rng_state(), before)

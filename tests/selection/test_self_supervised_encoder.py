@@ -98,9 +98,9 @@ def test_trains_as_written_out(epochs: int, seed: int, temperature: float) -> No
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_the_order_of_the_images_and_equal_ones_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_the_images_and_equal_ones_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = recipe().features(IMAGES)
-    monkeypatch.setenv("LIGHTNING_BD_CACHE", "elsewhere")
+    monkeypatch.setenv("LIGHTNING_BD_CACHE", str(tmp_path / "elsewhere"))
     order = torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(1))
     assert torch.equal(recipe().features(IMAGES[order])[order.argsort()], found)
     assert torch.equal(recipe().features(torch.cat([IMAGES, IMAGES[:2]]))[:11], found)
