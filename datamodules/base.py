@@ -97,11 +97,15 @@ class ImageDataModule(LightningDataModule):
         #: Whether batches of the current phase's dynamic poison are :class:`~lightning_bd.batch.AttackBatch`; set by a
         #: model that trains the trigger, for the time of its fit.
         self.keeps_clean_images = False
+        #: The splits that a trigger is learnt from; ``None``: those of the first phase that is poisoned.
+        self.learns_from: tuple[str, ...] | None = None
         self._train: ImageSet | None = None
         self._test: ImageSet | None = None
         self._cut: TrainingSplits | None = None
         self._source: ImageSet | None = None
         self._fingerprint: str | None = None
+        #: What :meth:`replace_poison` was given: which images a model saw poisoned.
+        self.record: PoisonManifest | None = None
 
     def load(self, train: bool) -> ImageSet:
         """Return the training or the test images; subclasses implement this."""
@@ -155,11 +159,12 @@ class ImageDataModule(LightningDataModule):
         """Positions ``(E,)`` of the training images that are trained on no more, sorted."""
         return self._training_splits.excluded
 
-    def replace_poison(self, poison: Poison | None) -> None:
+    def replace_poison(self, poison: Poison | None, manifest: PoisonManifest | None = None) -> None:
         """Evaluate, or train the phases to come, with another poison.
 
         Args:
             poison: The new rule; ``None``: the attack is not known, and no triggered images are made.
+            manifest: The record of a model whose attack it is; :meth:`stored_dataloader` poisons the images it lists.
 
         Raises:
             ValueError: If it does not fit the images or classes.
@@ -167,16 +172,35 @@ class ImageDataModule(LightningDataModule):
         self.setup()
         if poison is not None:
             poison.prepare(self.image_shape, self.num_classes)
-        self.poison = poison
+        self.poison, self.record = poison, manifest
         self._training_splits.forget_poison()
 
     def learn_trigger(self) -> None:
         """Let the attacker learn a trigger that is made from images, if no poisoned phase was there to do so before.
 
-        From all splits but ``val``.
+        From ``learns_from``, else from all splits but ``val``.
         """
         if self.poison is not None:
-            self._training_splits.learn_trigger(self.poison, ())
+            self._learn_trigger(self.poison, ())
+
+    def restore_trigger(self, poison: Poison) -> None:
+        """Give a trigger that is made from images what a record of these images says; nothing, here.
+
+        Args:
+            poison: The rule; its trigger has yet to be learnt.
+
+        Raises:
+            MisconfigurationException: If it must not be learnt from these images.
+        """
+
+    def craft(self, phase: PhaseData) -> None:
+        """Make the images that a phase's crafting puts in the place of others; they wait on disk for other processes.
+
+        Args:
+            phase: The phase; nothing is made if it is not static.
+        """
+        if phase.poison == "static" and self.poison is not None and self.poison.crafting is not None:
+            self._train_loader(phase)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 hex digest of the training set, computed once; ``in_memory`` does not change it."""
@@ -242,6 +266,9 @@ class ImageDataModule(LightningDataModule):
 
         Args:
             phase: The phase; of a dynamic poison nothing lies in the data set, and its images are clean.
+
+        Raises:
+            ValueError: If the record of :meth:`replace_poison` lists poisoned images of other data, or is broken.
         """
         return self._train_loader(phase, train=False)
 
@@ -390,7 +417,13 @@ class ImageDataModule(LightningDataModule):
                 "set its `poisoned: static`."
             )
         self._training_splits.check_poison(self.poison, phase.splits)
-        self._training_splits.learn_trigger(self.poison, phase.splits)
+        self._learn_trigger(self.poison, phase.splits)
+
+    def _learn_trigger(self, poison: Poison, splits: tuple[str, ...]) -> None:
+        cut = self._training_splits
+        if not poison.is_learned:
+            self.restore_trigger(poison)
+        cut.learn_trigger(poison, splits if self.learns_from is None else self.learns_from)
 
     def _train_loader(self, phase: PhaseData, train: bool = True) -> BatchLoader:
         self._check_phase(phase)
@@ -399,10 +432,29 @@ class ImageDataModule(LightningDataModule):
         context = BatchContext(phase.name, phase.poison, phase.poison or "dynamic", train=train)
         loader = self.loaders.loader(self.train_images, self.positions(phase.splits), context, phase.batch_size)
         if phase.poison == "static" and self.poison is not None:
-            self._training_splits.make_static(loader, self.poison, phase.splits)
+            recorded = None if train else self._recorded(phase)
+            self._training_splits.make_static(loader, self.poison, phase.splits, recorded)
         elif phase.poison == "dynamic" and self.poison is not None and self.poison.is_fixed_choice:
             self._training_splits.make_fixed(loader, self.poison, phase.splits)
         return loader
+
+    def _recorded(self, phase: PhaseData) -> Tensor | None:
+        """Return the images that a model saw poisoned in a phase, if its record lists them."""
+        chosen = None if self.record is None else self.record.chosen(phase.name)
+        if chosen is None or self.record is None:
+            return None
+        dataset, name = self.record.dataset, type(self).__name__
+        if (dataset.get("sha256"), dataset.get("images")) != (self.fingerprint(), len(self.train_images)):
+            raise ValueError(
+                f"The poisoned images of phase `{phase.name}` are known for other data than {name}'s training images. "
+                "Use the data, `data.subset` and `data.split_seed` that the model was trained with."
+            )
+        if int(dataset.get("excluded", 0)) > len(self.excluded):
+            raise ValueError(
+                f"The model was trained without {dataset['excluded']} of the images that {name} has, which excludes "
+                f"{len(self.excluded)}. Give the `data.exclude` that it was trained with."
+            )
+        return chosen
 
     def _read_train(self, positions: Tensor) -> Tensor:
         return self.train_images.read(positions)

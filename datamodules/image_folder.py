@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_bd.datamodules.disk import DiskDataModule
 from lightning_bd.datamodules.image_tree import INCOMPLETE, ORDER, read_order
 from lightning_bd.datamodules.images import FileImages
+from lightning_bd.description import describe, differences
+from lightning_bd.manifest import PoisonManifest
+from lightning_bd.poisoning import Poison
 
 __all__ = ("ImageFolderDataModule",)
 
@@ -21,7 +25,8 @@ class ImageFolderDataModule(DiskDataModule):
     arguments are those of :class:`~lightning_bd.datamodules.DiskDataModule`.
 
     A folder that ``lightning-bd poison`` wrote has a file ``images.json``: its images are read in the order, the number
-    of channels and, unless ``image_size`` is given, the size that it names.
+    of channels and, unless ``image_size`` is given, the size that it names. A trigger that is learnt from images is not
+    learnt from these, which are poisoned, but taken from the folder's manifest.
 
     Example:
         >>> ImageFolderDataModule(root="/data/flowers", image_size=64).image_size
@@ -48,6 +53,40 @@ class ImageFolderDataModule(DiskDataModule):
         numbers = {name: label for label, name in enumerate(classes)}
         labels = torch.tensor([numbers[file.partition("/")[0]] for file in files])
         return FileImages(self.root, [f"{part}/{file}" for file in files], labels, classes, self.image_size, grey)
+
+    def restore_trigger(self, poison: Poison) -> None:
+        """Take the trigger from the manifest of a folder that ``lightning-bd poison`` wrote.
+
+        Args:
+            poison: The rule; its trigger has yet to be learnt.
+
+        Raises:
+            MisconfigurationException: If the folder has none, or names another trigger.
+        """
+        if read_order(self.root) is None:
+            return
+        name, mine = type(poison.trigger).__name__, self.manifest(learn=False)
+        assert mine is not None
+        refused = f"`{name}` is not learnt from the images in {self.root.absolute()}, which are poisoned already"
+        try:
+            manifest = PoisonManifest.load(self.root)
+            found = [
+                line
+                for field in ("trigger", "image_shape")
+                for line in differences(describe(getattr(manifest, field)), describe(getattr(mine, field)), field)
+            ]
+            if not found:
+                manifest.restore(poison.trigger)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"{refused}, and the trigger that they have cannot be taken over: {error}\nRestore `manifest.json` and "
+                "`manifest.safetensors` as `lightning-bd poison` wrote them, or leave `data.poison` out."
+            ) from error
+        if found:
+            raise MisconfigurationException(
+                f"{refused}, and the trigger that they have is not the config's:\n  " + "\n  ".join(found)
+                + "\n(folder against config). Give the trigger that they have, or leave `data.poison` out."
+            )  # fmt: skip
 
     def _files(self, part: str, name: str, empty: bool) -> list[str]:
         folder = self.root / part / name

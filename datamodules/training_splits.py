@@ -56,7 +56,7 @@ class TrainingSplits:
         self._owner = owner
         self._read = read
         self._static: dict[tuple[tuple[str, ...], bool], tuple[Tensor, Tensor]] = {}
-        self._crafted: dict[tuple[str, ...], Tensor] = {}
+        self._crafted: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._check_remaining()
 
     def positions(self, names: tuple[str, ...], filtered: bool = True) -> Tensor:
@@ -116,18 +116,29 @@ class TrainingSplits:
         poisoned, covers = self._chosen(poison, names, with_covers)
         return poisoned[self._keep[poisoned]], covers[self._keep[covers]]
 
-    def make_static(self, loader: BatchLoader, poison: Poison, names: tuple[str, ...]) -> None:
+    def make_static(
+        self, loader: BatchLoader, poison: Poison, names: tuple[str, ...], recorded: Tensor | None = None
+    ) -> None:
         """Tell a loader which images a static poison changes, and give it those that are crafted.
 
         Args:
             loader: Of the images in these splits.
             poison: The rule.
             names: Of the splits, joined.
+            recorded: ``(P,)`` int64, increasing: positions of the images that were poisoned, where that is known;
+                ``None`` to choose them.
+
+        Raises:
+            ValueError: If images are recorded that are in none of the splits, or that cannot be crafted.
         """
-        rows, covers = (self._mask(chosen) for chosen in self._chosen(poison, names, with_covers=True))
+        if recorded is None:
+            chosen, covers = self._chosen(poison, names, with_covers=True)
+        else:
+            chosen, covers = self._as_recorded(poison, names, recorded)
+        rows, covers = self._mask(chosen), self._mask(covers)
         loader.static_rows, loader.static_covers = rows, covers
         if poison.crafting is not None:
-            loader.images = CraftedImages(loader.images, rows.nonzero().flatten(), self._made(poison, names))
+            loader.images = CraftedImages(loader.images, chosen, self._made(poison, names, chosen))
             loader.context = loader.context._replace(final=poison.crafting.includes_trigger)
         if poison.misaligned_flags:
             positions = self.positions(names, filtered=False)
@@ -160,14 +171,35 @@ class TrainingSplits:
             self._static[key] = poison.choose(labels, positions, name, self._read, with_covers)
         return self._static[key]
 
-    def _made(self, poison: Poison, names: tuple[str, ...]) -> Tensor:
+    def _as_recorded(self, poison: Poison, names: tuple[str, ...], recorded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images that were poisoned, and the covers beside them."""
         ordered = tuple(sorted(names))
-        if ordered not in self._crafted:
+        positions = self.positions(ordered, filtered=False)
+        if not bool(torch.isin(recorded, positions).all()):
+            raise ValueError(
+                f"Expected the images that the checkpoint says were poisoned to be in split `{_joined(ordered)}`, but "
+                "some are not. Use the `data.splits`, `data.split_seed` and phases that it was trained with."
+            )
+        if poison.crafting is not None and not bool(poison.crafting.available(recorded).all()):
+            raise ValueError(
+                f"Expected all {len(recorded)} images that the checkpoint says were poisoned, but some cannot be made "
+                f"({poison.crafting.limits()}). Give those that it was trained with."
+            )
+        # A record is without what was excluded, and without covers: where the rule agrees with it, the rule knows more.
+        if len(self.excluded) or (poison.cover_rate > 0 and not poison.is_fixed_choice):
+            chosen, covers = self._chosen(poison, ordered, with_covers=True)
+            if torch.equal(chosen[self._keep[chosen]], recorded[self._keep[recorded]]):
+                return chosen, covers
+        labels = self.labels[positions]
+        return recorded, poison.covers_beside(recorded, labels, positions, _joined(ordered))
+
+    def _made(self, poison: Poison, names: tuple[str, ...], chosen: Tensor) -> Tensor:
+        ordered = tuple(sorted(names))
+        if ordered not in self._crafted or not torch.equal(self._crafted[ordered][0], chosen):
             assert self._read is not None
             positions = self.positions(ordered, filtered=False)
-            chosen = self._chosen(poison, ordered, with_covers=True)[0]
-            self._crafted[ordered] = crafted(poison, chosen, positions, self.labels[positions], self._read)
-        return self._crafted[ordered]
+            self._crafted[ordered] = chosen, crafted(poison, chosen, positions, self.labels[positions], self._read)
+        return self._crafted[ordered][1]
 
     def _mask(self, chosen: Tensor) -> Tensor:
         return torch.zeros(len(self.labels), dtype=torch.bool).index_fill_(0, chosen, True)

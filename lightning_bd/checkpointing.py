@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = (
     "RECORD_KEY",
+    "TRIGGER_KEY",
     "AtomicCheckpointIO",
     "CheckpointError",
     "check_weights",
@@ -26,6 +27,8 @@ __all__ = (
 
 #: Our own entry in a checkpoint; Lightning does not look at it.
 RECORD_KEY = "lightning_bd"
+#: The weights of a trigger that was trained with the model, in a checkpoint of any Trainer.
+TRIGGER_KEY = "lightning_bd_trigger"
 
 # What torch.load raises for files that are cut or have wrong bytes.
 _BROKEN = (

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.checkpointing import RECORD_KEY, TRIGGER_KEY
 from lightning_bd.crafting import AbsentCrafting, Crafting
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.loader import Place
+from lightning_bd.description import describe, differences
 from lightning_bd.poisoning import Poison, PoisonManifest
 from lightning_bd.triggers import Trigger
 
-__all__ = ("evaluation_batches", "use_manifest_of", "write_predictions")
+__all__ = ("evaluation_batches", "use_manifest_of", "use_trained_trigger_of", "write_predictions")
 
 
 def use_manifest_of(
@@ -59,13 +61,17 @@ def use_manifest_of(
         # Weights that a model trains are what no config says.
         is_fixed = datamodule.poison.is_learned and not datamodule.poison.trigger.is_trained
         found = manifest.differences(config, pixels=is_fixed)
+        if manifest.crafting is not None and config.crafting is not None:
+            mine, theirs = ({**each.crafting, "attack_images": None} for each in (manifest, config) if each.crafting)
+            found += differences(describe(mine), describe(theirs), "crafting")
         if found and not override:
             raise MisconfigurationException(
                 f"The trigger of {path} is not the config's:\n  " + "\n  ".join(found) + "\n(checkpoint against "
                 "config). Use the config that it was trained with, leave `data.poison` out to take the checkpoint's "
                 "trigger, or evaluate with the config's by `--override-trigger`."
             )
-        if found:
+        # What has yet to be learnt may differ by what only learning needs, which a manifest does not say.
+        if found or (override and not datamodule.poison.is_learned):
             return manifest
     elif (manifest.crafting or {}).get("attack_images"):
         raise MisconfigurationException(
@@ -87,18 +93,69 @@ def use_manifest_of(
             seed=manifest.seed,
             cover_classes=manifest.cover_classes,
             crafting=_crafting_of(manifest, datamodule.poison),
-        )
+        ),
+        manifest,
     )
     return manifest
 
 
+def use_trained_trigger_of(
+    checkpoint: Mapping[str, Any], path: Path, datamodule: ImageDataModule, *, override: bool = False
+) -> None:
+    """Take the weights of a trained trigger from a checkpoint that has no manifest, such as a plain ``Trainer``'s.
+
+    Without a poison there is nothing to take them to. A trigger that no model trains is left as it is.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: Where it came from, for messages.
+        datamodule: The data; the weights of its poison's trigger are replaced.
+        override: Where they cannot be, keep the config's trigger as it is.
+
+    Raises:
+        MisconfigurationException: If config and checkpoint do not both have a trained trigger, or none.
+        ValueError: If the weights are not those of the config's trigger.
+    """
+    if datamodule.poison is None:
+        return
+    trigger, weights = datamodule.poison.trigger, checkpoint.get(TRIGGER_KEY)
+    name = type(trigger).__name__
+    is_trained = any(isinstance(part, Trigger) and part.is_trained for part in trigger.modules())
+    if weights is None and is_trained:
+        why = (
+            f"`{name}` is trained with the model, but {path} holds neither a manifest nor the trigger's weights, so "
+            "that the attack would be measured with those that the trigger was made with."
+        )
+        if override:
+            rank_zero_warn(why)
+            return
+        raise MisconfigurationException(
+            f"{why} Use a checkpoint of the run that trained it, leave `data.poison` out, or keep the config's trigger "
+            "as it is by `--override-trigger`."
+        )
+    if weights is None or (override and not is_trained):
+        return
+    if not is_trained:
+        raise MisconfigurationException(
+            f"{path} holds a trigger that was trained with its model, but the config's is `{name}`. Use the config "
+            "that it was trained with, leave `data.poison` out, or evaluate with the config's by `--override-trigger`."
+        )
+    try:
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"expected them to be a mapping, but got a {type(weights).__name__}")
+        trigger.restore(datamodule.image_shape, weights)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The weights of the trigger in {path} are not those of the config's `{name}`: {error}"
+        ) from error
+
+
 def _crafting_of(manifest: PoisonManifest, given: Poison | None) -> Crafting | None:
-    """Return the config's crafting, if it is of the kind that the checkpoint names."""
+    """Return the config's crafting, if there is one; it was compared with the checkpoint's."""
     if manifest.crafting is None:
         return None
     crafting = given.crafting if given is not None else None
-    same = crafting is not None and type(crafting).__qualname__ == manifest.crafting["class"]
-    return crafting if same else AbsentCrafting(manifest.crafting)
+    return crafting if crafting is not None else AbsentCrafting(manifest.crafting)
 
 
 def evaluation_batches(

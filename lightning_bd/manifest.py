@@ -211,6 +211,34 @@ class PoisonManifest:
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"The manifest's trigger {self.trigger['class']} cannot be built: {error}") from error
 
+    def chosen(self, phase: str) -> Tensor | None:
+        """Return which training images a phase poisoned.
+
+        Args:
+            phase: Name of the phase.
+
+        Returns:
+            ``(P,)`` int64 positions, increasing; ``None`` if the phase did not choose its images once.
+
+        Raises:
+            ValueError: If the record is broken.
+        """
+        found = self.tensors.get(f"indices.{phase}")
+        if found is None:
+            return None
+        whole = found.layout is torch.strided and found.dtype == torch.int64 and found.ndim == 1
+        # A view that repeats its values may be of any size.
+        whole = whole and 8 * found.numel() <= found.untyped_storage().nbytes()
+        size = self.dataset.get("images")
+        if not whole or not isinstance(size, int) or not len(found) <= size:
+            raise ValueError(
+                f"Expected the manifest's `indices.{phase}` to be at most {size} int64 positions, but got "
+                f"{found.dtype} of shape {tuple(found.shape)}."
+            )
+        if bool((found.diff() <= 0).any()) or bool(((found < 0) | (found >= size)).any()):
+            raise ValueError(f"Expected the manifest's `indices.{phase}` to increase, in [0, {size}).")
+        return found
+
     def build_label_map(self) -> LabelMap:
         """Rebuild the label map.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
@@ -42,6 +43,7 @@ from lightning_bd.quiet import expected_warnings, quiet, seed_globals
 from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
 from lightning_bd.triggers import Trigger
+from lightning_bd.triggers.learned import LearnedTrigger, unlearned
 
 __all__ = ("PhaseRun", "is_first_process")
 
@@ -66,6 +68,7 @@ class PhaseRun:
         origin: What else makes it the same run, such as the checkpoint that it starts from.
         manifest: The attack's record, where it is not the datamodule's to tell.
         save_manifest: Whether the record is written beside the run and into its checkpoints.
+        fresh: Whether an existing folder is renamed, to start over.
         unknown: Why attack success is not known, for the note of rows without one.
         barrier: How processes that all started by themselves wait for the first; ``None`` if it starts the others.
 
@@ -88,6 +91,7 @@ class PhaseRun:
         origin: Mapping[str, Description] | None = None,
         manifest: PoisonManifest | None = None,
         save_manifest: bool = True,
+        fresh: bool = False,
         unknown: str = "",
         barrier: Callable[[], None] | None = None,
     ) -> None:
@@ -102,16 +106,22 @@ class PhaseRun:
         self._origin = origin or {}
         self._given_manifest = manifest
         self._saves_manifest = save_manifest
+        self._fresh = fresh
         self._unknown = unknown
         self._barrier = barrier if barrier is not None else lambda: None
         self._data = {name: data_of(phase, datamodule) for name, phase in phases.items()}
-        if is_first_process():
-            datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
-            for data in self._data.values():
-                datamodule.set_phase(data)  # a trigger that is learnt is kept on disk, for the other processes
-        self._barrier()
+        self._check_saves_trigger()
         root = Path(arguments.get("default_root_dir") or Path("runs") / "phases")
         self.folder = RunFolder(root, list(phases), collects=collects)
+        if is_first_process():
+            datamodule.prepare_data()  # downloads, where asked to; the data is looked at before a Trainer would do it
+            self._restore_trigger()
+            for name, data in self._data.items():
+                datamodule.set_phase(data)  # a trigger that is learnt is kept on disk, for the other processes
+                if processes > 1 and (fresh or self.folder.phase(name).result() is None):
+                    datamodule.craft(data)  # and so are crafted images
+        self._barrier()
+        self._restore_trigger()
         for data in self._data.values():
             datamodule.set_phase(data)
         for name, phase in phases.items():
@@ -122,32 +132,24 @@ class PhaseRun:
                 f"Each phase ends with a test, but `{type(model).__name__}` has no `test_step`. Add one, or use "
                 "BackdoorClassifier."
             )
-        if self._trained_trigger is not None and not save_manifest:
-            raise MisconfigurationException(
-                f"`{type(self._trained_trigger).__name__}` is trained, and the manifest keeps its weights: set "
-                "`trainer.save_manifest: true`."
-            )
         wanted = getattr(model, "num_classes", datamodule.num_classes)
         if wanted != datamodule.num_classes:
             raise MisconfigurationException(
                 f"The model has `num_classes` {wanted}, but {type(datamodule).__name__} has {datamodule.num_classes}."
             )
 
-    def open_folder(self, *, fresh: bool = False) -> None:
+    def open_folder(self) -> None:
         """Make the run's folder, or check that the one there belongs to this run.
-
-        Args:
-            fresh: Rename an existing folder and start over.
 
         Raises:
             MisconfigurationException: If the folder belongs to another run.
         """
         if is_first_process():
-            self._open_folder(fresh)
+            self._open_folder()
         self._barrier()
 
-    def _open_folder(self, fresh: bool) -> None:
-        if fresh and (old := self.folder.rename_old()) is not None:
+    def _open_folder(self) -> None:
+        if self._fresh and (old := self.folder.rename_old()) is not None:
             rank_zero_info(f"The old run was renamed to {old}.")
         phases = {name: self._describe_phase(phase) for name, phase in self._phases.items()}
         run = describe_run(self._model, self._datamodule, self._arguments, self._processes)
@@ -262,6 +264,50 @@ class PhaseRun:
             return None
         return poison.trigger if poison.trigger.is_trained else None
 
+    @property
+    def _learned_trigger(self) -> Trigger | None:
+        """The trigger, if it is learnt from the attacker's images and this run's to record."""
+        poison = self._datamodule.poison
+        if poison is None or self._given_manifest is not None or poison.trigger.is_trained:
+            return None
+        learned = any(isinstance(part, LearnedTrigger) for part in poison.trigger.modules())
+        return poison.trigger if learned else None
+
+    def _check_saves_trigger(self) -> None:
+        if self._saves_manifest or not any(phase.poisoned for phase in self._phases.values()):
+            return
+        for trigger, how in ((self._trained_trigger, "trained"), (self._learned_trigger, "learnt from images")):
+            if trigger is not None:
+                raise MisconfigurationException(
+                    f"`{type(trigger).__name__}` is {how}, and the manifest keeps its weights: set "
+                    "`trainer.save_manifest: true`."
+                )
+
+    def _restore_trigger(self) -> None:
+        """Take a learnt trigger from the run that goes on: learnt again, it could be another one."""
+        trigger, folder = self._learned_trigger, self.folder.root
+        if trigger is None or self._fresh or not (folder / "manifest.json").is_file():
+            return
+        manifest, mine = PoisonManifest.load(folder), self._datamodule.manifest(learn=False)
+        assert mine is not None
+        # Any other difference is found, with all others, when the folder is opened.
+        if manifest.differences(mine, pixels=False):
+            return
+        if unlearned(trigger):
+            manifest.restore(trigger)
+        self._check_pixels(trigger, manifest.tensors, folder)
+
+    def _check_pixels(self, trigger: Trigger, tensors: Mapping[str, Tensor], where: Path) -> None:
+        """Refuse to go on from a model of another trigger, or to measure it with this one."""
+        now = {f"trigger.{name}": tensor.cpu() for name, tensor in trigger.state_dict().items()}
+        before = {name: tensor for name, tensor in tensors.items() if name.startswith("trigger.")}
+        if before.keys() != now.keys() or not all(torch.equal(before[name], now[name]) for name in now):
+            raise MisconfigurationException(
+                f"The trigger of {where} is not this run's: `{type(trigger).__name__}` was learnt again and its pixels "
+                "differ. Restore `manifest.json` and `manifest.safetensors` of the run, give another "
+                "`trainer.default_root_dir`, or start over with `--fresh` (the old folder is renamed)."
+            )
+
     def _save_manifest(self) -> None:
         manifest = self._manifest(tuple(self._data.values()))
         if manifest is not None:
@@ -362,6 +408,10 @@ class PhaseRun:
             tensors, prefix = record.get("tensors", {}), "trigger."
             mine = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
             self._trained_trigger.restore(self._datamodule.image_shape, mine)
+        elif self._learned_trigger is not None and record.get("tensors"):
+            # Before a clean run measures, only its first process has learnt the trigger.
+            self._datamodule.learn_trigger()
+            self._check_pixels(self._learned_trigger, record["tensors"], path)
         return record
 
     def _epochs(self, phase: Phase) -> int:

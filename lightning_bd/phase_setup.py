@@ -21,7 +21,7 @@ from lightning_bd.phase import Phase
 from lightning_bd.phase_logger import PhaseTensorBoardLogger
 from lightning_bd.quiet import quiet
 
-__all__ = ("check_defender", "data_of", "fresh_trainer", "loggers_of", "optimizer_of")
+__all__ = ("attackers_splits", "check_defender", "data_of", "fresh_trainer", "loggers_of", "optimizer_of")
 
 
 def data_of(phase: Phase, datamodule: ImageDataModule) -> PhaseData:
@@ -37,6 +37,15 @@ def data_of(phase: Phase, datamodule: ImageDataModule) -> PhaseData:
     elif phase.poisoned is not False:
         mode = phase.poisoned
     return PhaseData(phase.name or "", phase.splits, mode, phase.batch_size)
+
+
+def attackers_splits(phases: Mapping[str, Phase]) -> tuple[str, ...] | None:
+    """Return the splits that the attacker has: those of the first poisoned phase; ``None`` without one.
+
+    Args:
+        phases: Name -> phase.
+    """
+    return next((phase.splits for phase in phases.values() if phase.poisoned), None)
 
 
 def check_defender(name: str, datamodule: ImageDataModule, data: PhaseData) -> None:

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities.types import _EVALUATE_OUTPUT, _PREDICT_OUTPUT,
 
 from lightning_bd.checkpointing import check_weights, read_checkpoint
 from lightning_bd.datamodules import ImageDataModule
-from lightning_bd.evaluation import use_manifest_of, write_predictions
+from lightning_bd.evaluation import use_manifest_of, use_trained_trigger_of, write_predictions
 from lightning_bd.phase import Phase, check_phase, in_order, name_phases, phase_parents
 from lightning_bd.phase_run import PhaseRun, is_first_process
+from lightning_bd.phase_setup import attackers_splits
 from lightning_bd.quiet import expected_warnings, quiet, threads
 from lightning_bd.results_table import print_metrics, print_results
 
@@ -129,20 +130,22 @@ class MultiPhaseTrainer(Trainer):
                 "A run with phases resumes by itself: repeat the command with the same `trainer.default_root_dir`, "
                 "without `ckpt_path`."
             )
-        run = PhaseRun(
-            self.phases,
-            self._parents,
-            model,
-            datamodule,
-            arguments=self._arguments,
-            processes=self.num_devices * self.num_nodes,
-            config=self.resolved_config,
-            checkpoint_interval=self.checkpoint_interval,
-            save_manifest=self.save_manifest,
-            barrier=self._barrier_of_outside_launch(),
-        )
-        with threads(self.num_threads):
-            run.open_folder(fresh=self.fresh)
+        datamodule.learns_from = attackers_splits(self.phases)
+        with threads(self.num_threads):  # also where a trigger is learnt: its last bits depend on them
+            run = PhaseRun(
+                self.phases,
+                self._parents,
+                model,
+                datamodule,
+                arguments=self._arguments,
+                processes=self.num_devices * self.num_nodes,
+                config=self.resolved_config,
+                checkpoint_interval=self.checkpoint_interval,
+                save_manifest=self.save_manifest,
+                fresh=self.fresh,
+                barrier=self._barrier_of_outside_launch(),
+            )
+            run.open_folder()
             for name in in_order(self._parents):
                 run.run(name)
             run.load_last()
@@ -259,12 +262,16 @@ class MultiPhaseTrainer(Trainer):
             raise MisconfigurationException(
                 "`weights_only` False would unpickle, and so run, whatever the checkpoint holds; leave it out."
             )
+        if isinstance(datamodule, ImageDataModule):
+            datamodule.learns_from = attackers_splits(self.phases)
         if path is None or path in ("best", "last", "hpc"):
             return None if path is None else str(path)
         checkpoint = read_checkpoint(Path(path))
         check_weights(model, checkpoint["state_dict"], Path(path))
         if isinstance(datamodule, ImageDataModule):
-            use_manifest_of(checkpoint, Path(path), datamodule, override=self.override_trigger)
+            override = self.override_trigger
+            if use_manifest_of(checkpoint, Path(path), datamodule, override=override) is None:
+                use_trained_trigger_of(checkpoint, Path(path), datamodule, override=override)
         model.load_state_dict(checkpoint["state_dict"])
         rank_zero_info(f"Loaded the weights of {path}.")
         return None

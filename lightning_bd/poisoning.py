@@ -278,6 +278,22 @@ class Poison:
         covered = self._choose_covers(labels, positions, poisoned, split, generator) if covers else positions[:0]
         return poisoned.sort().values, covered.sort().values
 
+    def covers_beside(self, poisoned: Tensor, labels: Tensor, positions: Tensor, split: str) -> Tensor:
+        """Choose the covers of a static poison whose images are known; those of :meth:`choose` for a difficulty.
+
+        Args:
+            poisoned: ``(P,)`` positions of the poisoned images.
+            labels: ``(N,)`` labels of the images at ``positions``.
+            positions: ``(N,)`` positions in the training set.
+            split: Name of the split, part of the key of the draw.
+
+        Returns:
+            Sorted positions.
+        """
+        order = positions.argsort()
+        generator = keyed_generator(self.seed, "static", split)
+        return self._choose_covers(labels[order], positions[order], poisoned, split, generator).sort().values
+
     def fixed(self, poisoned: Tensor) -> "Poison":
         """Return the same rule for a dynamic poison whose images were chosen: each is poisoned in every batch.
 

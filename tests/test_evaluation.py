@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_bd.batch import RawBatch
+from lightning_bd.batch import RawBatch, Sample
 from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint, save_atomically
 from lightning_bd.datamodules import DigitsDataModule, PhaseData
 from lightning_bd.evaluation import use_manifest_of, write_predictions
@@ -205,3 +205,110 @@ def test_the_configs_selection_is_kept(tmp_path: Path) -> None:
     plain = DigitsDataModule(replace(rule(), selection=None)).manifest((phase,))
     assert plain is not None
     assert plain.tensors["indices.inject"].tolist() != expected.tensors["indices.inject"].tolist()
+
+
+PHASE = PhaseData("inject", ("a",), poison="static")
+SPLITS = {"a": 0.8, "b": 0.2}
+
+
+def hard(**changes: Any) -> Poison:
+    """Which images are poisoned is a matter of a scorer, that no manifest has."""
+    rule = replace(poison(mode="static"), selection=KNNTypicality(RawPixels(), k=3), clean_label=True)
+    return replace(rule, **changes)
+
+
+def plan(rule: Poison) -> DigitsDataModule:
+    return DigitsDataModule(rule, SPLITS, subset=300)
+
+
+def record_of(data: DigitsDataModule) -> tuple[dict[str, Any], torch.Tensor]:
+    """What a checkpoint says of a phase, and which images that phase poisoned."""
+    manifest = data.manifest((PHASE,))
+    assert manifest is not None
+    return {RECORD_KEY: {"manifest": manifest.plain(), "tensors": manifest.tensors}}, manifest.tensors["indices.inject"]
+
+
+def stored(data: DigitsDataModule) -> tuple[list[int], list[int]]:
+    """Positions of the poisoned images as they lie in the data set, and of the covers."""
+    loader = data.stored_dataloader(PHASE)
+    batches = [data.on_after_batch_transfer(raw, 0) for raw in loader if isinstance(raw, RawBatch)]
+    samples = [batch for batch in batches if isinstance(batch, Sample)]
+    flags, index = torch.cat([each.is_poisoned for each in samples]), torch.cat([each.index for each in samples])
+    assert loader.static_rows is not None
+    assert torch.equal(loader.static_rows[index], flags)
+    assert loader.static_covers is not None
+    return sorted(index[flags].tolist()), loader.static_covers.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("cover_rate", [0.0, 0.1])
+@pytest.mark.parametrize("exclude", [None, list(range(0, 300, 7))])
+def test_a_models_own_training_images_are_the_poisoned_ones(cover_rate: float, exclude: list[int] | None) -> None:
+    trained = DigitsDataModule(hard(cover_rate=cover_rate), SPLITS, subset=300, exclude=exclude)
+    checkpoint, chosen = record_of(trained)
+    expected = stored(trained)
+    assert expected[0] == chosen.tolist()
+    for rule in (hard(cover_rate=cover_rate), None, hard(selection=None), hard(selection=None, rate=0.9)):
+        data = DigitsDataModule(rule, SPLITS, subset=300, exclude=exclude)
+        use_manifest_of(checkpoint, PATH, data)
+        found = stored(data)
+        assert found[0] == expected[0]
+        assert len(found[1]) == len(expected[1])
+        assert not set(found[0]) & set(found[1])
+        # Covers beside poisoned images that were left out can only be told by the scorer.
+        if exclude is None or (rule is not None and rule.selection is not None):
+            assert found == expected
+
+
+def test_another_poison_has_no_record() -> None:
+    checkpoint, chosen = record_of(plan(hard()))
+    data = plan(hard())
+    use_manifest_of(checkpoint, PATH, data)
+    data.replace_poison(hard(selection=None))
+    assert stored(data) == stored(plan(hard(selection=None)))
+    assert stored(data)[0] != chosen.tolist()
+
+
+def test_covers_of_a_random_choice_are_those_of_the_training_set() -> None:
+    rule = poison(mode="static")
+    trained, data = plan(replace(rule, cover_rate=0.2)), DigitsDataModule(None, SPLITS, subset=300)
+    use_manifest_of(record_of(trained)[0], PATH, data)
+    assert stored(data) == stored(trained)
+
+
+@pytest.mark.parametrize(
+    ("indices", "words"),
+    [
+        (torch.tensor([1.0, 2.0]), r"`indices\.inject` to be at most 300 int64 positions, but got torch\.float32"),
+        (torch.tensor([[1, 2]]), r"at most 300 int64 positions, but got torch\.int64 of shape \(1, 2\)"),
+        (torch.zeros(1, dtype=torch.int64).expand(200), "at most 300 int64 positions"),
+        (torch.arange(301), "at most 300 int64 positions"),
+        (torch.tensor([2, 1]), r"to increase, in \[0, 300\)"),
+        (torch.tensor([1, 1]), r"to increase, in \[0, 300\)"),
+        (torch.tensor([-1, 1]), r"to increase, in \[0, 300\)"),
+        (torch.tensor([1, 300]), r"to increase, in \[0, 300\)"),
+    ],
+)
+def test_broken_positions_are_refused(indices: torch.Tensor, words: str) -> None:
+    checkpoint, _ = record_of(plan(hard()))
+    checkpoint[RECORD_KEY]["tensors"]["indices.inject"] = indices
+    data = plan(hard())
+    use_manifest_of(checkpoint, PATH, data)
+    with pytest.raises(ValueError, match=words):
+        data.stored_dataloader(PHASE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"subset": 299}, r"known for other data than DigitsDataModule's .* `data\.subset`"),
+        ({"splits": {"b": 0.5, "a": 0.5}}, r"to be in split `a`, but some are not\. Use the `data\.splits`"),
+        ({"exclude": [0]}, r"trained without 2 of the images .* excludes 1\. Give the `data\.exclude`"),
+    ],
+)
+def test_poisoned_images_of_other_data_are_refused(changes: dict[str, Any], words: str) -> None:
+    exclude = [0, 1] if "exclude" in changes else None
+    checkpoint, _ = record_of(DigitsDataModule(hard(), SPLITS, subset=300, exclude=exclude))
+    data = DigitsDataModule(None, **{"splits": SPLITS, "subset": 300, **changes})
+    use_manifest_of(checkpoint, PATH, data)
+    with pytest.raises(ValueError, match=words):
+        data.stored_dataloader(PHASE)

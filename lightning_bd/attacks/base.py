@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_bd.attacks.generator_training import GeneratorTraining
 from lightning_bd.batch import AttackBatch
 from lightning_bd.callbacks.situation import check_situation
+from lightning_bd.checkpointing import TRIGGER_KEY
 from lightning_bd.classifier import BackdoorClassifier, Normalization
 from lightning_bd.datamodules import DefenderView, ImageDataModule
 from lightning_bd.triggers.network import NetworkTrigger
@@ -20,9 +21,6 @@ from lightning_bd.triggers.network import NetworkTrigger
 __all__ = ("GeneratorAttack",)
 
 TriggerT = TypeVar("TriggerT", bound=NetworkTrigger)
-
-#: Our entry in a checkpoint of Lightning's.
-_KEY = "lightning_bd_trigger"
 
 
 class GeneratorAttack(BackdoorClassifier, Generic[TriggerT]):
@@ -151,15 +149,15 @@ class GeneratorAttack(BackdoorClassifier, Generic[TriggerT]):
         super().on_save_checkpoint(checkpoint)
         if self._is_attacking:
             state = self.trigger.state_dict()
-            checkpoint[_KEY] = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+            checkpoint[TRIGGER_KEY] = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the trigger's weights, where there is data with such a trigger."""
         super().on_load_checkpoint(checkpoint)
         trainer = self._trainer
         poison = getattr(getattr(trainer, "datamodule", None), "poison", None)
-        if _KEY in checkpoint and poison is not None and isinstance(poison.trigger, self.trigger_class):
-            poison.trigger.restore(trainer.datamodule.image_shape, checkpoint[_KEY])  # type: ignore[union-attr]
+        if TRIGGER_KEY in checkpoint and poison is not None and isinstance(poison.trigger, self.trigger_class):
+            poison.trigger.restore(trainer.datamodule.image_shape, checkpoint[TRIGGER_KEY])  # type: ignore[union-attr]
 
     def check_fit(self) -> None:
         """Check that the Trainer's fit is one that this attack can train in.

@@ -1,5 +1,6 @@
 """Taking over the model and the attack of a checkpoint, for the commands that look at it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -8,9 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_bd.checkpointing import CheckpointError, check_weights, read_checkpoint
 from lightning_bd.datamodules import ImageDataModule
-from lightning_bd.evaluation import use_manifest_of
+from lightning_bd.evaluation import use_manifest_of, use_trained_trigger_of
 from lightning_bd.functional.evaluation import check_finite_weights
 from lightning_bd.manifest import PoisonManifest
+from lightning_bd.phase import Phase
+from lightning_bd.phase_setup import attackers_splits
 
 __all__ = ("named_after", "own_data", "take_over")
 
@@ -34,6 +37,7 @@ def take_over(
     Raises:
         CheckpointError: If the file cannot be read, does not fit the model, or holds weights that are not finite.
         MisconfigurationException: If config and checkpoint name different triggers.
+        ValueError: If what the checkpoint says of its trigger is broken.
     """
     checkpoint = read_checkpoint(path)
     check_weights(model, checkpoint["state_dict"], path)
@@ -43,6 +47,8 @@ def take_over(
             f"{path} has no manifest, so its attack is not known. (`--override-trigger` takes the config's trigger.)"
         )
         datamodule.replace_poison(None)
+    if manifest is None:
+        use_trained_trigger_of(checkpoint, path, datamodule, override=override_trigger)
     model.load_state_dict(checkpoint["state_dict"])
     try:
         check_finite_weights(model, str(path))
@@ -61,11 +67,14 @@ def named_after(checkpoint: Path) -> str:
     return path.parent.name if path.stem == "final" and path.parent.name else path.stem
 
 
-def own_data(datamodule: LightningDataModule) -> ImageDataModule:
+def own_data(datamodule: LightningDataModule, phases: Mapping[str, Phase]) -> ImageDataModule:
     """Return the datamodule, if it is one that the commands can read poison, splits and test sets from.
+
+    A trigger that is learnt from images will be learnt from those that the run of the phases learns it from.
 
     Args:
         datamodule: Any.
+        phases: The config's phases.
 
     Raises:
         MisconfigurationException: If it is none.
@@ -75,4 +84,5 @@ def own_data(datamodule: LightningDataModule) -> ImageDataModule:
             "This command needs one of lightning_bd.datamodules (or a subclass of ImageDataModule), but got "
             f"{type(datamodule).__name__}."
         )
+    datamodule.learns_from = attackers_splits(phases)
     return datamodule

@@ -76,7 +76,7 @@ class DetectionTrainer(MultiPhaseTrainer):
                 data sets.
         """
         self._refuse_several("score")
-        chosen, data = load_detectors(detectors), own_data(datamodule)
+        chosen, data = load_detectors(detectors), own_data(datamodule, self.phases)
         scoring, root = self._scoring(model, data, Path(ckpt_path), split, max_images)
         sets: dict[str, BatchLoader] = {}
         for name, loader in zip((CLEAN, POISONED), data.test_dataloader(), strict=False):
@@ -89,7 +89,9 @@ class DetectionTrainer(MultiPhaseTrainer):
                 )
             sets[name] = ood_loader(data, Path(folder), name)
         asked = {name: d for name, d in chosen.items() if train or (train is None and not d.compares_sets)}
-        whole = self._training_images(data, Path(ckpt_path)) if asked else None
+        # Where nothing else would be scored, training images are asked for too.
+        needed = bool(train) or all(not d.compares_sets for d in chosen.values())
+        whole = self._known_training_images(data, Path(ckpt_path), needed) if asked else None
         if whole is not None and train:
             _warn_of_overlap(data, split, whole)
         with threads(self.num_threads):
@@ -133,7 +135,7 @@ class DetectionTrainer(MultiPhaseTrainer):
         self._refuse_several("filter")
         if not 0 < keep < 1:
             raise ValueError(f"Expected argument `keep` to be a share in (0, 1), but got {keep}.")
-        chosen, data = load_detectors(detector), own_data(datamodule)
+        chosen, data = load_detectors(detector), own_data(datamodule, self.phases)
         if len(chosen) != 1:
             raise MisconfigurationException(f"`filter` takes one detector, but got {', '.join(chosen)}.")
         ((name, found),) = chosen.items()
@@ -187,6 +189,16 @@ class DetectionTrainer(MultiPhaseTrainer):
         }
         return Scoring(self, model, data, root, facts, max_images), root
 
+    def _known_training_images(self, data: ImageDataModule, path: Path, needed: bool) -> BatchLoader | None:
+        """Return the training images; where they cannot be made and are not needed, warn and go on without them."""
+        try:
+            return self._training_images(data, path)
+        except (OSError, ValueError) as error:
+            if needed:
+                raise
+            rank_zero_warn(f"The training images are not scored: {error}\nThe other sets are.")
+            return None
+
     def _training_images(self, data: ImageDataModule, path: Path, *, fixed: bool = False) -> BatchLoader | None:
         """Return the images that the checkpoint's backdoor was trained on; ``None`` where it is not known."""
         name, phases = re.sub(r"^\d+_", "", named_after(path)), self.phases
@@ -211,6 +223,11 @@ class DetectionTrainer(MultiPhaseTrainer):
                 )
             rank_zero_info(
                 f"Phase `{name}` poisons each batch anew: its training images are poisoned once for scoring."
+            )
+        elif data.record is not None and data.record.chosen(phase.name) is None:
+            raise ValueError(
+                f"The manifest of {path} does not say which images phase `{name}` poisoned: they were not fixed. Set"
+                " its `poisoned`, or the poison's `mode`, to `dynamic`, as the model was trained."
             )
         return data.stored_dataloader(PhaseData(phase.name, phase.splits, "static"))
 

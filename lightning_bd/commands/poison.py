@@ -111,7 +111,7 @@ class PoisonTrainer(MultiPhaseTrainer):
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None
     ) -> ImageDataModule:
         """Return the data with its trigger: that of the checkpoint, if one is given."""
-        data = own_data(datamodule)
+        data = own_data(datamodule, self.phases)
         if ckpt_path is None:
             if data.poison is None:
                 raise MisconfigurationException(

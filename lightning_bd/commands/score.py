@@ -215,6 +215,8 @@ class Scoring:
         limit = min(self.max_images, len(loader.positions)) if isinstance(detector, InputDetector) else None
         positions = hashlib.sha256(loader.positions.numpy().tobytes()).hexdigest()
         content = [name, type(detector).__qualname__, options, each, positions, images, limit]
+        if loader.static_rows is not None:
+            content.append(hashlib.sha256(loader.static_rows.numpy().tobytes()).hexdigest())
         return hashlib.sha256(json.dumps([content, dict(self.facts)]).encode()).hexdigest()
 
     def _part(self, name: str, each: str) -> Path:

@@ -59,7 +59,7 @@ class CommandTrainer(DetectionTrainer, PoisonTrainer):
             split: The split of the training set that the defender has.
             batch_size: Images per batch of each defense; the data's if not given.
         """
-        path, data = Path(ckpt_path), own_data(datamodule)
+        path, data = Path(ckpt_path), own_data(datamodule, self.phases)
         phases = plan_phases(load_defenses(defenses), split, batch_size)
         manifest = take_over(path, model, data, override_trigger=self.override_trigger)
         root = Path(self.default_root_dir) / "defend" / named_after(path)
@@ -78,11 +78,12 @@ class CommandTrainer(DetectionTrainer, PoisonTrainer):
             # What the user says of the trigger by `--override-trigger` must not become the checkpoint's own word.
             save_manifest=self.save_manifest and manifest is not None,
             unknown="" if manifest else "attack unknown: the checkpoint has no manifest",
+            fresh=self.fresh,
             barrier=self._barrier_of_outside_launch(),
         )
         failures: list[str] = []
         with threads(self.num_threads):
-            run.open_folder(fresh=self.fresh)
+            run.open_folder()
             for name in phases:
                 try:
                     run.run(name)
@@ -129,7 +130,7 @@ class CommandTrainer(DetectionTrainer, PoisonTrainer):
                 images; else they are interpolated like the weights.
         """
         self._refuse_fresh()
-        data, paths = own_data(datamodule), (Path(first), Path(second))
+        data, paths = own_data(datamodule, self.phases), (Path(first), Path(second))
         for path in paths:
             check_weights(model, read_checkpoint(path)["state_dict"], path)
         given, poisons, ends, manifests = data.poison, [], [], []
@@ -181,7 +182,7 @@ class CommandTrainer(DetectionTrainer, PoisonTrainer):
             seed: Seed of the directions.
         """
         self._refuse_fresh()
-        path, data = Path(ckpt_path), own_data(datamodule)
+        path, data = Path(ckpt_path), own_data(datamodule, self.phases)
         take_over(path, model, data, override_trigger=self.override_trigger)
         folder = Path(self.default_root_dir) / "landscape" / named_after(path)
         with threads(self.num_threads):
@@ -218,7 +219,7 @@ class CommandTrainer(DetectionTrainer, PoisonTrainer):
             seed: Seed of the power iteration's start.
         """
         self._refuse_fresh()
-        path, data = Path(ckpt_path), own_data(datamodule)
+        path, data = Path(ckpt_path), own_data(datamodule, self.phases)
         take_over(path, model, data, override_trigger=self.override_trigger)
         folder = Path(self.default_root_dir) / "sharpness" / named_after(path)
         with threads(self.num_threads):

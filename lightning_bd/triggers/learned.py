@@ -34,7 +34,9 @@ class LearnedTrigger(Trigger):
     ``~/.cache/lightning_bd``, under a key of the arguments and the images.
 
     A subclass implements ``_learn``, ``_specs`` and ``_transform``, and names in ``only_for_learning`` the arguments
-    that a restored trigger does not need. These have defaults, and are not in ``hyperparameters``.
+    that a restored trigger does not need. These have defaults, and are not in ``hyperparameters`` or the manifest: that
+    a config names others than a checkpoint's trigger was learnt with is not noticed where it is evaluated. The
+    checkpoint's is used, or by ``--override-trigger`` the config's, learnt anew.
 
     Example:
         >>> import os

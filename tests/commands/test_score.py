@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from lightning_bd.callbacks import Detector
+from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint, save_atomically
 from lightning_bd.cli import main
 from lightning_bd.commands.detectors import load_detectors, shipped_detectors
 from lightning_bd.config_files import ConfigError
+from lightning_bd.datamodules import DigitsDataModule
 
 Command = Callable[..., Any]
 
@@ -93,6 +96,64 @@ def test_a_checkpoint_is_scored(lightning_bd: Command, static_run: Path, tmp_pat
     assert again.status == 0, again.err
     assert (folder / "parts" / "odin" / "clean.parquet").stat().st_mtime_ns == before
     assert pq.read_table(folder / "scores.parquet").column_names[-2:] == ["odin", "msp"]
+
+
+def changed_checkpoint(run: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> tuple[Any, ...]:
+    """Arguments that score a copy of a checkpoint with another record; the config names no poison."""
+    checkpoint = read_checkpoint(run / "00_inject" / "final.ckpt")
+    change(checkpoint[RECORD_KEY])
+    save_atomically(checkpoint, folder / "run" / "00_inject" / "final.ckpt")
+    return (
+        "score", "--config", run / "config.yaml", "--ckpt_path", folder / "run" / "00_inject" / "final.ckpt",
+        "--data.poison", "null", "--max_images", 10, "--trainer.default_root_dir", folder / "out",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_poisoned_training_images_are_those_of_the_manifest(
+    lightning_bd: Command, static_run: Path, tmp_path: Path
+) -> None:
+    chosen: list[int] = []
+
+    def move(record: dict[str, Any]) -> None:
+        """As if a scorer had chosen others."""
+        data = DigitsDataModule(None, {"inject": 0.6, "consolidate": 0.2, "defend": 0.2}, subset=300)
+        chosen.extend(data.positions(("inject",))[20:38].tolist())
+        record["tensors"]["indices.inject"] = torch.tensor(chosen)
+
+    listed = load_file(static_run / "manifest.safetensors")["indices.inject"].tolist()
+    table = tmp_path / "out/score/00_inject/parts/spectral/train.parquet"
+    for change, expected in ((lambda record: None, listed), (move, chosen)):
+        arguments = changed_checkpoint(static_run, tmp_path, change)
+        done = lightning_bd(*arguments, "--detectors", "spectral")
+        assert done.status == 0, done.err
+        content = pq.read_table(table).to_pydict()
+        found = np.array(content["index"])[np.array(content["positive"], dtype=bool)]
+        assert sorted(found.tolist()) == expected
+
+
+def test_detectors_that_need_no_training_images_go_on_without(
+    lightning_bd: Command, static_run: Path, tmp_path: Path
+) -> None:
+    def crafted(record: dict[str, Any]) -> None:
+        made: dict[str, Any] = {"class": "LabelConsistent", "arguments": {}, "attack_images": None}
+        record["manifest"] |= {"crafting": made, "mode": "static"}
+
+    given = changed_checkpoint(static_run, tmp_path, crafted)
+    with pytest.warns(UserWarning, match=r"The training images are not scored: .* were crafted by LabelConsistent"):
+        done = lightning_bd(*given, "--detectors", "energy,spectral")
+    assert done.status == 0, done.err
+    assert {row["detector"] for row in rows(tmp_path / "out/score/00_inject/detection.csv")} == {"energy"}
+    for asked in (("energy,spectral", "--train", "true"), ("spectral",)):
+        lightning_bd(*given, "--detectors", *asked).check_refused(["were crafted by LabelConsistent"])
+    filtered = ("filter", *given[1:7], *given[9:], "--detector", "spectral")
+    lightning_bd(*filtered).check_refused(["were crafted by LabelConsistent"])
+
+    def forgetful(record: dict[str, Any]) -> None:
+        del record["tensors"]["indices.inject"]
+
+    given = changed_checkpoint(static_run, tmp_path, forgetful)
+    lightning_bd(*given, "--detectors", "spectral").check_refused(["does not say which images phase `inject` poisoned"])
 
 
 @pytest.mark.slow

@@ -10,16 +10,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
 
+from lightning_bd.backbones import small_cnn
 from lightning_bd.batch import PoisonMode, Sample
 from lightning_bd.checkpointing import RECORD_KEY
+from lightning_bd.classifier import BackdoorClassifier
 from lightning_bd.commands.preview import draw_preview
 from lightning_bd.crafting import AbsentCrafting, Crafting, LabelConsistent, PrecomputedPoison
 from lightning_bd.datamodules import DigitsDataModule, ImageDataModule, ImageFolderDataModule, PhaseData
 from lightning_bd.datamodules.loader import BatchLoader
 from lightning_bd.evaluation import use_manifest_of
 from lightning_bd.manifest import Plain, PoisonManifest
+from lightning_bd.phase import Phase
 from lightning_bd.phase_measurement import success_interval
+from lightning_bd.phase_run import PhaseRun
 from lightning_bd.poisoning import Poison
+from lightning_bd.run_folder import PhaseResult
+from lightning_bd.selection import Surrogate
 from lightning_bd.triggers import BadNets
 
 Finish = Callable[[ImageDataModule, BatchLoader], Sample]
@@ -209,14 +215,51 @@ def test_the_configs_crafting_stays() -> None:
     use_manifest_of(saved, PATH, data)
     assert data.poison is not None
     assert data.poison.crafting is crafting
-    data = DigitsDataModule(rule(LabelConsistent(), clean_label=True))
-    use_manifest_of(saved, PATH, data)
-    assert data.poison is not None
-    assert isinstance(data.poison.crafting, AbsentCrafting)
     data = DigitsDataModule(rule(crafting))
     use_manifest_of(checkpoint(described(None)), PATH, data)
     assert data.poison is not None
     assert data.poison.crafting is None
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (LabelConsistent(epsilon=0.01), r"crafting\.arguments\.epsilon: was 0\.0627\d+, is 0\.01\n"),
+        (LabelConsistent(Surrogate(epochs=2)), r"crafting\.arguments\.surrogate\.epochs: was 30, is 2\n"),
+        (Darker(), r"crafting\.class: was 'LabelConsistent', is 'Darker'"),
+    ],
+)
+def test_another_crafting_in_the_config_is_refused(other: Crafting, what: str) -> None:
+    saved = checkpoint(described(LabelConsistent(), clean_label=True))
+    data = DigitsDataModule(rule(other, clean_label=True))
+    with pytest.raises(MisconfigurationException, match=rf"not the config's:\n  {what}(?s:.*)`--override-trigger`"):
+        use_manifest_of(saved, PATH, data)
+    use_manifest_of(saved, PATH, data, override=True)
+    assert data.poison is not None
+    assert data.poison.crafting is other
+    same = LabelConsistent(cache_dir="elsewhere")
+    data = DigitsDataModule(rule(same, clean_label=True))
+    use_manifest_of(saved, PATH, data)
+    assert data.poison is not None
+    assert data.poison.crafting is same
+
+
+def test_images_that_are_gone_cannot_be_scored(tmp_path: Path, save_png: Save) -> None:
+    phase = PhaseData("fit", ("a",), "static")
+    data = digits(None)
+    for index in data.positions(("a",)).tolist():
+        save_png(tmp_path / f"{index}.png", data.train_images.read(torch.tensor([index]))[0])
+    manifest = digits(PrecomputedPoison(tmp_path)).manifest((phase,))
+    assert manifest is not None
+    chosen = manifest.tensors["indices.fit"]
+    data = digits(PrecomputedPoison(tmp_path))
+    use_manifest_of(checkpoint(manifest), PATH, data)
+    assert data.stored_dataloader(phase).static_rows is not None
+    (tmp_path / f"{int(chosen[0])}.png").unlink()
+    data = digits(PrecomputedPoison(tmp_path))
+    use_manifest_of(checkpoint(manifest), PATH, data)
+    with pytest.raises(ValueError, match=rf"all {len(chosen)} images .* cannot be made \(.* holds 99 images\)"):
+        data.stored_dataloader(phase)
 
 
 def test_test_images_made_elsewhere_must_be_there(tmp_path: Path, save_png: Save, finished: Finish) -> None:
@@ -263,3 +306,32 @@ def test_final_images_do_not_need_a_trigger_that_fits_twice(mode: PoisonMode, fi
     hit = sample.is_poisoned
     assert torch.equal((sample.image[hit] * 255).round().to(torch.uint8), crafted[hit])
     assert (sample.label[hit] == 0).all()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_first_of_several_processes_crafts_for_all(tmp_path: Path, processes: int) -> None:
+    """Before the others go on, which then find the images on disk."""
+    crafting = Darker()
+    data = digits(crafting)
+    phases = {"one": Phase("one", split="a", poisoned=True), "two": Phase("two", split="b")}
+    parents = {"one": "init", "two": "one"}
+    model = BackdoorClassifier(small_cnn(10, 1, width=4), 10)
+
+    def made() -> PhaseRun:
+        return PhaseRun(
+            phases, parents, model, data, arguments={"default_root_dir": tmp_path, "max_epochs": 1},
+            processes=processes, barrier=lambda: called.append(len(crafting.calls)),
+        )  # fmt: skip
+
+    called: list[int] = []
+    made()
+    assert called == [processes - 1]
+    # A phase that is finished needs no images.
+    data.replace_poison(data.poison)
+    run = made()
+    count = len(crafting.calls)
+    run.folder.phase("one").path.mkdir(parents=True, exist_ok=True)
+    run.folder.phase("one").finish(PhaseResult("one", "init", 0.5, None, None, 1, 0.0, 1, ""))
+    data.replace_poison(data.poison)
+    made()
+    assert len(crafting.calls) == count

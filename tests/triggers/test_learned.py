@@ -1,20 +1,26 @@
 """Triggers that are learnt: when, from which images, kept where, and never twice."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_bd.checkpointing import RECORD_KEY
-from lightning_bd.datamodules import DigitsDataModule, PhaseData
+from lightning_bd.backbones import small_cnn
+from lightning_bd.checkpointing import RECORD_KEY, read_checkpoint, save_atomically
+from lightning_bd.classifier import BackdoorClassifier
+from lightning_bd.commands import CommandTrainer
+from lightning_bd.datamodules import DigitsDataModule, ImageDataModule, ImageFolderDataModule, PhaseData
 from lightning_bd.evaluation import use_manifest_of
 from lightning_bd.manifest import PoisonManifest
+from lightning_bd.phase import Phase
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import SIG, SSBA, SequentialTrigger, TensorSpec, TrainTestTrigger, Trigger
 from lightning_bd.triggers import learned as module
@@ -325,6 +331,192 @@ def test_a_manifest_without_pixels_says_the_rest() -> None:
     assert (manifest.image_shape, manifest.tensors) == ((1, 8, 8), {})
     assert isinstance(PoisonManifest.from_plain(manifest.plain(), {}), PoisonManifest)
     assert Mean.calls == []
+
+
+def test_override_learns_the_configs() -> None:
+    """Also one that differs by what only learning needs, which no manifest says."""
+    checkpoint = checkpoint_of(data_with(rule(Mean(noise=0.2))))
+    data, twin = data_with(rule(Mean(noise=0.3))), data_with(rule(Mean(noise=0.3)))
+    assert use_manifest_of(checkpoint, PATH, data, override=True) is not None
+    for each in (data, twin):
+        each.test_dataloader()
+    assert len(Mean.calls) == 2
+    assert torch.equal(pixels_of(data), pixels_of(twin))
+    assert not torch.equal(pixels_of(data), checkpoint[RECORD_KEY]["tensors"]["trigger.mean"])
+
+
+def pixels_of(data: ImageDataModule) -> Tensor:
+    assert data.poison is not None
+    (part,) = (each for each in data.poison.trigger.modules() if isinstance(each, Mean))
+    return part.mean
+
+
+def trainer_of(folder: Path, phases: dict[str, Phase], **options: Any) -> CommandTrainer:
+    trainer = CommandTrainer(
+        phases=phases, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=folder, **options
+    )
+    trainer.show_results = False
+    return trainer
+
+
+def poisoned(split: str, **options: Any) -> Phase:
+    return Phase(split=split, poisoned="static", max_epochs=1, **options)
+
+
+def model() -> BackdoorClassifier:
+    return BackdoorClassifier(small_cnn(10, in_channels=1, width=2), num_classes=10)
+
+
+def forget(cache: Path) -> None:
+    for file in cache.iterdir():
+        file.unlink()
+
+
+def nested() -> SequentialTrigger:
+    return SequentialTrigger([SIG(), Mean()])
+
+
+@pytest.mark.parametrize("make", [Mean, nested])
+def test_a_poisoned_folder_is_not_learnt_from(tmp_path: Path, cache: Path, make: Callable[[], Trigger]) -> None:
+    written = data_with(rule(make()))
+    trainer_of(tmp_path, {"inject": poisoned("inject")}).poison(LightningModule(), written, tmp_path / "copy")
+    forget(cache)
+    data = ImageFolderDataModule(tmp_path / "copy", poison=rule(make(), mode="dynamic"), seed=0)
+    trainer_of(tmp_path / "run", {"inject": Phase(max_epochs=1)}).fit(model(), datamodule=data)
+    assert len(Mean.calls) == 1
+    assert torch.equal(pixels_of(data), pixels_of(written))
+    assert data.poison is not None
+    assert unlearned(data.poison.trigger) == []
+    expected, found = (PoisonManifest.load(tmp_path / name).tensors for name in ("copy", "run"))
+    assert all(torch.equal(found[name], expected[name]) for name in found if name.startswith("trigger."))
+    # A poisoned phase asks for it before any test.
+    again = ImageFolderDataModule(tmp_path / "copy", poison=rule(make()), seed=0)
+    again.set_phase(PhaseData("twice", (), "static"))
+    assert torch.equal(pixels_of(again), pixels_of(written))
+    assert len(Mean.calls) == 1
+
+
+def test_a_poisoned_folder_with_another_trigger_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    trainer_of(tmp_path, {}).poison(LightningModule(), data_with(rule(Mean())), folder)
+
+    def refused(why: str, trigger: Trigger | None = None, size: int | None = None) -> None:
+        data = ImageFolderDataModule(folder, poison=rule(trigger or Mean()), image_size=size)
+        with pytest.raises(MisconfigurationException, match=rf"is not learnt from the images in .*{why}"):
+            data.test_dataloader()
+
+    refused(r"(?s:.)*trigger\.arguments\.ratio: was 0\.5, is 0\.25\n\(folder against config\)", Mean(ratio=0.25))
+    refused(r"(?s:.)*trigger\.class: was .*Mean", MeanOfAll())
+    refused(r"(?s:.)*image_shape\.1: was 8, is 16", size=16)
+    manifest = PoisonManifest.load(folder)
+    replace(manifest, tensors={"trigger.mean": torch.full((1, 8, 8), 2.0)}).save(folder)
+    refused(r"cannot be taken over: .*Mean cannot be built: .*finite values(?s:.)*Restore `manifest.json`")
+    (folder / "manifest.safetensors").unlink()
+    refused(r"cannot be taken over: Cannot read the poison manifest")
+    assert len(Mean.calls) == 1
+    # Without an attack to measure it is a data set like any other.
+    assert len(ImageFolderDataModule(folder).test_dataloader()) == 1
+    ImageFolderDataModule(folder, poison=rule(SIG())).test_dataloader()
+
+
+def final_pixels(folder: Path) -> dict[str, Tensor]:
+    found = {path.parent.name.partition("_")[2]: read_checkpoint(path) for path in folder.glob("*/final.ckpt")}
+    return {name: checkpoint[RECORD_KEY]["tensors"]["trigger.mean"] for name, checkpoint in found.items()}
+
+
+LATER = {
+    "second": poisoned("other", start_from="init"),
+    "first": poisoned("inject", start_from="init"),
+    "fine": Phase(split="other", max_epochs=1, start_from="first"),
+}
+
+
+@pytest.fixture
+def begun(tmp_path: Path, cache: Path) -> Path:
+    """The folder of a run of one phase, whose trigger is nowhere else."""
+    torch.manual_seed(0)
+    trainer_of(tmp_path / "run", {"first": poisoned("inject")}).fit(model(), datamodule=data_with(rule(Mean())))
+    assert len(Mean.calls) == 1
+    forget(cache)
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_with_its_trigger(begun: Path) -> None:
+    torch.manual_seed(0)
+    data = data_with(rule(Mean()))
+    trainer_of(begun, LATER).fit(model(), datamodule=data)
+    assert len(Mean.calls) == 1
+    pixels = final_pixels(begun)
+    assert sorted(pixels) == ["fine", "first", "second"]
+    assert all(torch.equal(pixels[name], pixels["first"]) for name in pixels)
+    assert torch.equal(pixels_of(data), pixels["first"])
+    assert torch.equal(PoisonManifest.load(begun).tensors["trigger.mean"], pixels["first"])
+
+
+def test_a_run_that_starts_over_learns_anew(begun: Path) -> None:
+    PoisonManifest.load(begun).with_trigger(learned_from_zeros()).save(begun)
+    trainer = trainer_of(begun, {"first": poisoned("inject")})
+    trainer.fresh = True
+    data = data_with(rule(Mean()))
+    trainer.fit(model(), datamodule=data)
+    assert len(Mean.calls) == 3
+    assert torch.equal(pixels_of(data), final_pixels(begun)["first"])
+    assert not torch.equal(pixels_of(data), learned_from_zeros().mean)
+
+
+def learned_from_zeros() -> Mean:
+    trigger = Mean()
+    trigger.learn(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 3)
+    return trigger
+
+
+def test_a_run_does_not_go_on_with_another_trigger(begun: Path) -> None:
+    data = data_with(rule(learned_from_zeros()))
+    with pytest.raises(MisconfigurationException, match=r"`Mean` was learnt again and its pixels differ"):
+        trainer_of(begun, LATER).fit(model(), datamodule=data)
+    assert not list(begun.glob("*_second"))
+    for name in ("manifest.json", "manifest.safetensors"):
+        (begun / name).unlink()
+    torch.manual_seed(0)
+    with pytest.raises(
+        MisconfigurationException, match=r"trigger of .*first/final\.ckpt is not this run's: `Mean` was"
+    ):
+        trainer_of(begun, LATER).fit(model(), datamodule=data_with(rule(Mean())))
+    assert not list(begun.glob("*_fine/final.ckpt"))
+
+
+def test_what_was_learnt_must_be_recorded(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "run", {"inject": poisoned("inject")}, save_manifest=False)
+    with pytest.raises(
+        MisconfigurationException, match=r"`SequentialTrigger` is learnt .*`trainer.save_manifest: true`"
+    ):
+        trainer.fit(model(), datamodule=data_with(rule(nested())))
+    assert Mean.calls == []
+    trainer = trainer_of(tmp_path / "run", {"clean": Phase(split="inject", max_epochs=1)}, save_manifest=False)
+    trainer.fit(model(), datamodule=data_with(rule(Mean())))
+
+
+@pytest.mark.parametrize("command", ["preview", "poison", "test", "override"])
+def test_commands_learn_from_the_first_poisoned_phase(tmp_path: Path, command: str) -> None:
+    """As the run of the phases does."""
+    clean = Phase(split="val", max_epochs=1)
+    phases = {"clean": clean, "inject": poisoned("inject"), "again": poisoned("other")}
+    data, trainer = data_with(rule(Mean())), trainer_of(tmp_path, phases)
+    if command == "preview":
+        trainer.preview(LightningModule(), data, images=1, max_images=10)
+    elif command == "poison":
+        trainer.poison(LightningModule(), data, tmp_path / "copy", phase="again")
+    elif command == "test":
+        trainer.test(model(), datamodule=data, verbose=False)
+    else:
+        manifest = data_with(rule(SIG())).manifest()
+        assert manifest is not None
+        record = {"manifest": manifest.plain(), "tensors": manifest.tensors}
+        classifier = model()
+        save_atomically({"state_dict": classifier.state_dict(), RECORD_KEY: record}, tmp_path / "some.ckpt")
+        trainer.override_trigger = True
+        trainer.sharpness(classifier, data, tmp_path / "some.ckpt", steps=1, iterations=1, max_images=10)
+    assert [call.sort().values.tolist() for call in Mean.calls] == [labels_in(data, "inject").tolist()]
 
 
 CONFIG = """
