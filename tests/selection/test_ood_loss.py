@@ -178,11 +178,15 @@ def test_at_most_so_many_images_are_drawn(ood: Path, tmp_path: Path) -> None:
 
     class Spy(Surrogate):
         def train(
-            self, images: Tensor, labels: Tensor, note: Callable[[Tensor, Tensor], None] | None = None
+            self,
+            images: Tensor,
+            labels: Tensor,
+            note: Callable[[Tensor, Tensor], None] | None = None,
+            perturb: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
         ) -> nn.Module:
             used[:] = labels.bincount().tolist()
             seen.append(images)
-            return super().train(images, labels, note)
+            return super().train(images, labels, note, perturb)
 
     seen: list[Tensor] = []
     OODLoss(ood, Spy(linear, epochs=1), max_images=8).score(OWN, LABELS, 7)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bd.callbacks.detection import session as module
+from lightning_bd.callbacks.detection import session
 from lightning_bd.callbacks.detection.base import InputDetector
 from lightning_bd.callbacks.detection.session import ScoringSession
+from lightning_bd.functional.digest import weights_sha256
 
 
 class Fitted(InputDetector):
@@ -54,18 +55,17 @@ def test_who_failed_is_not_taken_for_fitted() -> None:
 
 def test_weights_are_digested_once_for_all_detectors(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = network(), 0
-    digest = module.weights_sha256
 
     def counted(state: dict[str, object]) -> str:
         nonlocal calls
         calls += 1
-        return digest(state)
+        return weights_sha256(state)
 
-    monkeypatch.setattr(module, "weights_sha256", counted)
+    monkeypatch.setattr(session, "weights_sha256", counted)
     detectors = [Fitted() for _ in range(5)]
     ScoringSession(model, detectors).fit(data)
     assert calls == 1
     with torch.no_grad():
-        model[1].weight.add_(1)  # type: ignore[operator]
+        next(model.parameters()).add_(1)
     ScoringSession(model, detectors).fit(data)
     assert [detector.fits for detector in detectors] == [2] * 5
