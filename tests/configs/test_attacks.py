@@ -58,7 +58,13 @@ def test_there_are_attacks() -> None:
     assert {f"attack/{name}" for name in essential} <= set(ATTACKS)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+#: One of each kind; the others are CI's.
+QUICK = {"attack/badnets", "attack/precomputed", "attack/ssba", "attack/lira"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ATTACKS]
+)
 def test_attack_runs(name: str, tmp_path: Path) -> None:
     main([
         "fit", "--config", "badnets_digits", "--config", name, "--trainer.max_epochs=1", "--data.subset=400",
