@@ -3,16 +3,16 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ("FileImages", "ImageSet", "TensorImages", "hold", "read_image", "resize")
+from lightning_bd.image_files import read_image, read_images
+
+__all__ = ("FileImages", "ImageSet", "TensorImages", "hold", "resize")
 
 #: Sets that decode to less than this many bytes are held in memory.
 MEMORY_LIMIT = 2 * 1024**3
@@ -145,14 +145,8 @@ class FileImages(ImageSet):
         Args:
             threads: Threads that decode; Pillow releases the interpreter lock while it does.
         """
-        images = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
-
-        def fill(position: int) -> None:
-            images[position] = self._read_one(position)
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, range(len(self)), chunksize=64))
-        return TensorImages(images, self.labels, self.class_names)
+        files = [self.root / path for path in self.paths.tolist()]
+        return TensorImages(read_images(files, self.image_shape, threads=threads), self.labels, self.class_names)
 
     def _read_one(self, position: int) -> Tensor:
         channels, size, _ = self.image_shape
@@ -171,33 +165,6 @@ def hold(images: ImageSet, in_memory: bool | None) -> ImageSet:
     channels, height, width = images.image_shape
     fits = len(images) * channels * height * width <= MEMORY_LIMIT
     return images.in_memory() if (fits if in_memory is None else in_memory) else images
-
-
-def read_image(path: Path, size: int | tuple[int, int], grey: bool = False) -> Tensor:
-    """Read one image file as RGB, or in grey.
-
-    Args:
-        path: An image file that Pillow reads.
-        size: Height and width to resize to (bilinear, antialiased) if they differ; one number for both.
-        grey: One channel, the luma of ITU-R 601, instead of three.
-
-    Returns:
-        ``(C, H, W)`` uint8.
-
-    Raises:
-        ValueError: If the file is not a readable image; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("L" if grey else "RGB")
-    # Pillow reports broken files by any of these.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read the image {path}: {error}. Remove or replace the file.") from error
-    height, width = (size, size) if isinstance(size, int) else size
-    if pixels.size != (width, height):
-        pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-    array = torch.from_numpy(np.array(pixels))
-    return array[None] if grey else array.permute(2, 0, 1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_bd.datamodules.images import ImageSet, read_image
+from lightning_bd.datamodules.images import ImageSet
+from lightning_bd.image_files import read_image
 
 __all__ = ("JpegImages", "UnlabelledImages", "find_images")
 

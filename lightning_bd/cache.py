@@ -1,11 +1,23 @@
-"""Where results lie that are slow to compute, and how they get there."""
+"""What is slow to compute and kept for the next run: its names, where it lies, how it is written and read."""
 
+import hashlib
+import json
 import os
-import secrets
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ("cache_folder", "write_whole")
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lightning_bd.files import open_atomically
+
+__all__ = ("cache_folder", "content_key", "keep_tensors", "read_tensors")
+
+T = TypeVar("T")
 
 
 def cache_folder(kind: str) -> Path:
@@ -18,21 +30,54 @@ def cache_folder(kind: str) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "lightning_bd") / kind
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is either there as a whole or not at all; its folder is made.
+def content_key(facts: Mapping[str, object], digests: Iterable[bytes], *tensors: Tensor) -> str:
+    """Return the SHA-256 hex digest of all that a result depends on.
+
+    Args:
+        facts: What was done, with which arguments, as plain values; their order does not matter.
+        digests: Of the images, of one length each; their order counts, their number should be among the facts.
+        tensors: Integers or booleans; compared as int64.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for image in digests:
+        digest.update(image)
+    for tensor in tensors:
+        digest.update(tensor.to("cpu", torch.int64).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def keep_tensors(path: Path, tensors: Mapping[str, Tensor], what: str, cure: str | None = None) -> None:
+    """Write tensors for the next run; where that fails, only a warning comes of it.
+
+    Args:
+        path: Where; its folder is made.
+        tensors: Name -> tensor.
+        what: What they are, for the warning: "The encoder".
+        cure: What the user can do; by default, to set the environment variable.
+    """
+    try:
+        with open_atomically(path) as file:
+            file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    except OSError as error:
+        cure = cure or "Make room, or set the environment variable LIGHTNING_BD_CACHE to a folder that can be written."
+        warnings.warn(f"{what} could not be kept for the next run: {error}. {cure}", stacklevel=3)
+
+
+def read_tensors(path: Path, what: str, use: Callable[[dict[str, Tensor]], T]) -> T | None:
+    """Read what :func:`keep_tensors` wrote; a broken file is left to be made anew, with a warning.
 
     Args:
         path: The file.
-        write: Writes the content into the file that it is given.
+        what: What it holds, for the warning: "The encoder".
+        use: Takes the tensors and returns the result; raises ``ValueError`` or ``RuntimeError`` if they are not right.
 
-    Raises:
-        OSError: If it cannot be written.
+    Returns:
+        The result of ``use``; ``None`` if there is no sound file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    if not path.exists():
+        return None
     try:
-        write(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return use(load(path.read_bytes()))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        warnings.warn(f"{what} in {path} is broken and made anew: {error}", stacklevel=3)
+        return None

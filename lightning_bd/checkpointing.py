@@ -1,18 +1,17 @@
 """Checkpoints: written atomically, read without executing anything that is in them."""
 
-import os
 import pickle
 import re
-import secrets
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
+
+from lightning_bd.files import open_atomically
 
 __all__ = (
     "RECORD_KEY",
@@ -20,7 +19,6 @@ __all__ = (
     "AtomicCheckpointIO",
     "CheckpointError",
     "check_weights",
-    "open_atomically",
     "read_checkpoint",
     "save_atomically",
 )
@@ -39,29 +37,6 @@ _BROKEN = (
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, broken, not to be trusted, or does not fit the model."""
-
-
-@contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing so that ``path`` is either the old file or, after the block, the whole new one.
-
-    Written to a temporary file in the same folder, flushed to disk, then renamed; after an exception it is removed.
-
-    Args:
-        path: Where; its folder is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not of `tempfile`, whose files only their owner may read.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_atomically(value: object, path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_bd import label_maps, triggers
-from lightning_bd.cache import write_whole
 from lightning_bd.description import describe, differences
+from lightning_bd.files import open_atomically, write_text_atomically
 from lightning_bd.label_maps import LabelMap
 from lightning_bd.triggers import Trigger
 from lightning_bd.triggers.composite import CompositeTrigger
@@ -158,8 +158,9 @@ class PoisonManifest:
         """Write ``manifest.json`` and ``manifest.safetensors`` into ``folder``."""
         tensors, text = {k: v.contiguous() for k, v in self.tensors.items()}, json.dumps(self.plain(), indent=2) + "\n"
         # Each as a whole: a run that is cut here must be able to go on with its trigger.
-        write_whole(folder / "manifest.safetensors", lambda file: save_file(tensors, file))
-        write_whole(folder / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
+        with open_atomically(folder / "manifest.safetensors") as file:
+            file.write(save(tensors))
+        write_text_atomically(folder / "manifest.json", text)
 
     @classmethod
     def load(cls, folder: Path) -> "PoisonManifest":

@@ -18,9 +18,10 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from lightning_bd import __version__
-from lightning_bd.checkpointing import RECORD_KEY, open_atomically
+from lightning_bd.checkpointing import RECORD_KEY
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.rendering import to_float
+from lightning_bd.files import open_atomically
 from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.triggers import Trigger

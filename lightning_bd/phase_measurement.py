@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from lightning_bd.callbacks.defense import Defense
-from lightning_bd.checkpointing import open_atomically
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.evaluation import evaluation_batches
+from lightning_bd.files import open_atomically
 from lightning_bd.functional.backdoor import defense_effectiveness_rating, wilson_interval
 from lightning_bd.functional.evaluation import evaluate
 from lightning_bd.run_folder import PhaseResult

@@ -24,6 +24,7 @@ from lightning_bd.checkpointing import (
 )
 from lightning_bd.datamodules import ImageDataModule, PhaseData
 from lightning_bd.description import Description
+from lightning_bd.files import write_text_atomically
 from lightning_bd.functional.draws import keyed_seed
 from lightning_bd.functional.evaluation import check_finite_weights
 from lightning_bd.manifest import PoisonManifest
@@ -41,7 +42,7 @@ from lightning_bd.phase_measurement import copy_state, distance, rating, success
 from lightning_bd.phase_setup import check_defender, data_of, fresh_trainer, loggers_of, optimizer_of
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
 from lightning_bd.run_description import describe_phase, describe_run
-from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder, write_text_atomically
+from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder
 from lightning_bd.triggers import Trigger
 from lightning_bd.triggers.learned import LearnedTrigger, unlearned
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_bd.checkpointing import open_atomically
 from lightning_bd.description import Description, differences
+from lightning_bd.files import write_text_atomically
 from lightning_bd.tables import write_rows
 
-__all__ = ("PhaseFolder", "PhaseResult", "RunFolder", "write_text_atomically")
+__all__ = ("PhaseFolder", "PhaseResult", "RunFolder")
 
 # Of results.csv.
 _COLUMNS = (
@@ -204,12 +204,6 @@ class RunFolder:
     def write_results(self) -> None:
         """Write ``results.csv`` from the finished phases."""
         write_rows(self.root / "results.csv", _COLUMNS, [asdict(result) for result in self.results()])
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that it is either the old one or the whole new one."""
-    with open_atomically(path) as file:
-        file.write(text.encode())
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_bd.checkpointing import open_atomically
+from lightning_bd.files import open_atomically
 
 __all__ = ("write_rows",)
 

@@ -23,7 +23,7 @@ HOUSE = {
 
 # From the bottom up; a module imports from its own layer or those below. What is not named here is on top.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("functional", "label_maps", "batch", "cache", "description", "quiet"),
+    ("functional", "label_maps", "batch", "cache", "description", "files", "image_files", "quiet"),
     ("backbones", "metrics", "selection"),
     ("triggers",),
     ("manifest", "poisoning", "crafting"),

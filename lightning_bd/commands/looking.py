@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_bd.checkpointing import open_atomically
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.evaluation import evaluation_batches
+from lightning_bd.files import open_atomically
 from lightning_bd.functional.evaluation import Evaluation
 
 __all__ = ("COLUMNS", "cells", "keep_figure", "prepare", "progress")

@@ -22,8 +22,8 @@ from lightning_bd.commands.looking import progress
 from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.datamodules.loader import BatchLoader
 from lightning_bd.description import Description, describe, differences
+from lightning_bd.files import write_text_atomically
 from lightning_bd.functional.detection import detection_metrics
-from lightning_bd.run_folder import write_text_atomically
 from lightning_bd.tables import write_rows
 
 __all__ = (

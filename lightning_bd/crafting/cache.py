@@ -1,17 +1,12 @@
 """Images that were crafted before."""
 
-import hashlib
-import json
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from lightning_bd.cache import cache_folder, write_whole
+from lightning_bd.cache import cache_folder, content_key, keep_tensors, read_tensors
 from lightning_bd.description import Description
 
 __all__ = ("remembered",)
@@ -46,36 +41,23 @@ def remembered(
         folder: Where; ``None``: ``crafting`` in the folder that ``LIGHTNING_BD_CACHE`` names, else in
             ``~/.cache/lightning_bd``.
     """
-    facts = {"version": _VERSION, "identity": identity, "shape": list(shape), "images": len(digests)}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for image in digests:
-        digest.update(image)
-    for tensor in (labels.to(torch.int64), chosen.to(torch.int64)):
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    path = (folder or cache_folder("crafting")) / f"{name}-{digest.hexdigest()}.safetensors"
-    found = _read(path, tuple(shape))
+    facts = {
+        "version": _VERSION,
+        "identity": identity,
+        "shape": list(shape),
+        "images": len(digests),
+    }
+    key = content_key(facts, digests, labels, chosen)
+    path = (folder or cache_folder("crafting")) / f"{name}-{key}.safetensors"
+    found = read_tensors(path, "The file of crafted images", lambda tensors: _checked(tensors, tuple(shape)))
     if found is None:
         found = compute()
-        try:
-            # As bytes: safetensors reports a full disk by an error of its own.
-            content = save({"images": found.contiguous()})
-            write_whole(path, lambda file: file.write_bytes(content))
-        except OSError as error:
-            warnings.warn(
-                f"The crafted images could not be kept for the next run: {error}. Give another `cache_dir`.",
-                stacklevel=2,
-            )
+        keep_tensors(path, {"images": found}, "The crafted images", "Give another `cache_dir`.")
     return found
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    if not path.exists():
-        return None
-    try:
-        found = load(path.read_bytes()).get("images")
-        if found is None or found.dtype != torch.uint8 or tuple(found.shape) != shape:
-            raise ValueError("it holds no such images")
-    except (OSError, ValueError, SafetensorError) as error:
-        warnings.warn(f"The file of crafted images {path} is broken and made anew: {error}", stacklevel=3)
-        return None
+def _checked(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    found = tensors.get("images")
+    if found is None or found.dtype != torch.uint8 or tuple(found.shape) != shape:
+        raise ValueError("it holds no such images")
     return found

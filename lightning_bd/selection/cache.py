@@ -1,9 +1,7 @@
 """Tables of scores that were computed before."""
 
 import csv
-import hashlib
 import io
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_bd.cache import write_whole
+from lightning_bd.cache import content_key
 from lightning_bd.description import Description
+from lightning_bd.files import write_text_atomically
 
 __all__ = ("fingerprint", "read_scores", "write_scores")
 
@@ -41,12 +40,7 @@ def fingerprint(
         candidates: ``(N,)`` bool, which images are in the table.
     """
     facts = {"version": _VERSION, "scorer": scorer, "target": target, "images": len(digests)}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for image in digests:
-        digest.update(image)
-    for tensor in (labels.to(torch.int64), indices.to(torch.int64), candidates.to(torch.int64)):
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    return content_key(facts, digests, labels, indices, candidates)
 
 
 def write_scores(path: Path, indices: Tensor, labels: Tensor, scores: Tensor) -> None:
@@ -66,7 +60,7 @@ def write_scores(path: Path, indices: Tensor, labels: Tensor, scores: Tensor) ->
     writer.writerow(_COLUMNS)
     columns = (indices[order].tolist(), labels[order].tolist(), ordered.tolist(), ranks.tolist())
     writer.writerows(zip(*columns, strict=True))
-    write_whole(path, lambda file: file.write_text(text.getvalue(), encoding="utf-8", newline=""))
+    write_text_atomically(path, text.getvalue())
 
 
 def read_scores(path: Path, indices: Tensor, labels: Tensor) -> Tensor | None:

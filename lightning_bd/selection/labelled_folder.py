@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_bd.functional.draws import keyed_generator
-from lightning_bd.selection.image_files import read_images
+from lightning_bd.image_files import read_images
 
 __all__ = ("LabelledFolder",)
 
@@ -59,7 +59,7 @@ class LabelledFolder:
         """
         classes = self._classes()
         sizes = torch.tensor([len(files) for files in classes])
-        images = read_images([file for files in classes for file in files], image_shape)
+        images = read_images([file for files in classes for file in files], image_shape, title="other data")
         return images, torch.arange(len(classes)).repeat_interleave(sizes)
 
     def sha256(self) -> str:

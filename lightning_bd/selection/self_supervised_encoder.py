@@ -1,31 +1,27 @@
 """Features of a network that the attacker trains without labels."""
 
 import hashlib
-import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-import safetensors
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Normalize
 from tqdm.auto import tqdm
 
 from lightning_bd.backbones import resnet18
-from lightning_bd.cache import cache_folder, write_whole
+from lightning_bd.cache import cache_folder, content_key, keep_tensors, read_tensors
 from lightning_bd.description import Description, describe
 from lightning_bd.functional.augmented_view import augmented_view
 from lightning_bd.functional.draws import keyed_generator, keyed_global_state
 from lightning_bd.functional.modes import mode
+from lightning_bd.image_files import read_images
 from lightning_bd.selection.digests import image_digests, to_bytes
 from lightning_bd.selection.encoders import Encoder
-from lightning_bd.selection.image_files import read_images
 from lightning_bd.selection.network_encoder import penultimate
 
 __all__ = ("Precision", "SelfSupervisedEncoder")
@@ -167,11 +163,12 @@ class SelfSupervisedEncoder(Encoder):
 
     def _fingerprint(self, images: Tensor) -> str:
         """Return the SHA-256 hex digest of all that the weights depend on."""
-        facts = {"version": _VERSION, "encoder": self.identity(), "shape": list(images.shape[1:])}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for image in sorted(set(image_digests(images))):
-            digest.update(image)
-        return digest.hexdigest()
+        facts = {
+            "version": _VERSION,
+            "encoder": self.identity(),
+            "shape": list(images.shape[1:]),
+        }
+        return content_key(facts, sorted(set(image_digests(images))))
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -181,9 +178,9 @@ class SelfSupervisedEncoder(Encoder):
         if len(pool) < 2:
             raise ValueError(f"Expected at least 2 different images to train an encoder on, but got {len(pool)}.")
         network = nn.Sequential(_normalize(pool), self._headless(pool)).to(self._device)
-        if not _load(network, path):
+        if read_tensors(path, "The encoder", network.load_state_dict) is None:
             self._fit(network, pool)
-            _save(network, path)
+            keep_tensors(path, network.state_dict(), "The encoder")
         return network.eval()
 
     def _with_others(self, images: Tensor) -> Tensor:
@@ -194,7 +191,9 @@ class SelfSupervisedEncoder(Encoder):
             raise ValueError(
                 f"Expected images of 1 or 3 channels beside a folder of others, but got {images.shape[1]}."
             )
-        return torch.cat([images, read_images(files, (images.shape[1], images.shape[2], images.shape[3]))])
+        return torch.cat(
+            [images, read_images(files, (images.shape[1], images.shape[2], images.shape[3]), title="other data")]
+        )
 
     def _headless(self, pool: Tensor) -> nn.Module:
         """Return a new network whose output are the features."""
@@ -295,30 +294,3 @@ def _normalize(images: Tensor) -> nn.Module:
 
 def _weights_file(key: str) -> Path:
     return cache_folder("encoders") / f"SelfSupervisedEncoder-{key}.safetensors"
-
-
-def _load(network: nn.Module, path: Path) -> bool:
-    """Put the weights of a file into the network; a broken one is left to be made anew, with a warning."""
-    if not path.exists():
-        return False
-    try:
-        network.load_state_dict(load_file(path))
-    # RuntimeError: they are of another network.
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        warnings.warn(f"The encoder weights {path} are broken and made anew: {error}", stacklevel=2)
-        return False
-    return True
-
-
-def _save(network: nn.Module, path: Path) -> None:
-    """Write the weights, all or nothing; a failure only costs the next run its time."""
-    weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    try:
-        write_whole(path, lambda file: save_file(weights, file))
-    # safetensors reports a full disk by its own error.
-    except (OSError, safetensors.SafetensorError) as error:
-        warnings.warn(
-            f"The encoder could not be kept for the next run: {error}. Set the environment variable LIGHTNING_BD_CACHE "
-            "to a folder that can be written.",
-            stacklevel=2,
-        )

@@ -1,19 +1,12 @@
 """The base of triggers that are learnt from the attacker's images before training."""
 
-import hashlib
-import json
-import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_bd.cache import cache_folder, write_whole
+from lightning_bd.cache import cache_folder, content_key, keep_tensors, read_tensors
 from lightning_bd.description import Description, describe
 from lightning_bd.functional.draws import keyed_global_state
 from lightning_bd.selection.digests import image_digests, to_bytes
@@ -98,13 +91,13 @@ class LearnedTrigger(Trigger):
         labels = labels[order]
         key = self._key([digests[row] for row in order], labels, shape, target)
         path = cache_folder("triggers") / f"{type(self).__name__}-{key}.safetensors"
-        if self._read(path, shape):
+        if read_tensors(path, "The trigger", lambda tensors: self._restored(shape, tensors)):
             return
         with keyed_global_state(type(self).__name__, "learn"), torch.inference_mode(False), torch.enable_grad():
             tensors = self._learn(pixels[order], labels, target)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
         self.restore(shape, tensors)
-        _keep(path, tensors)
+        keep_tensors(path, tensors, "What was learnt of the trigger")
 
     def identity(self) -> Description:
         """Describe what the tensors depend on besides the images; external data must count by their content."""
@@ -126,29 +119,23 @@ class LearnedTrigger(Trigger):
             "or give it to a `Poison` of a datamodule, which does."
         )
 
+    def _restored(self, shape: tuple[int, int, int], tensors: dict[str, Tensor]) -> bool:
+        self.restore(shape, tensors)
+        return True
+
     @classmethod
     def recorded_arguments(cls) -> list[str]:
         """Return the names of the ``__init__`` arguments that are not only for learning."""
         return [name for name in super().recorded_arguments() if name not in cls.only_for_learning]
 
     def _key(self, digests: list[bytes], labels: Tensor, shape: tuple[int, int, int], target: int | None) -> str:
-        facts = {"versions": [_VERSION, self.version], "trigger": self.identity(), "target": target, "shape": shape}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for image in digests:
-            digest.update(image)
-        digest.update(labels.contiguous().numpy().data)
-        return digest.hexdigest()
-
-    def _read(self, path: Path, shape: tuple[int, int, int]) -> bool:
-        """Restore the tensors of a file, if there is a sound one."""
-        if not path.exists():
-            return False
-        try:
-            self.restore(shape, load_file(path))
-        except (OSError, ValueError, SafetensorError) as error:
-            warnings.warn(f"The trigger that was kept in {path} is broken and learnt anew: {error}", stacklevel=3)
-            return False
-        return True
+        facts = {
+            "versions": [_VERSION, self.version],
+            "trigger": self.identity(),
+            "target": target,
+            "shape": list(shape),
+        }
+        return content_key(facts, digests, labels)
 
 
 def unlearned(trigger: Trigger) -> list[LearnedTrigger]:
@@ -158,15 +145,3 @@ def unlearned(trigger: Trigger) -> list[LearnedTrigger]:
         trigger: Any trigger, also one that is made of others.
     """
     return [part for part in trigger.modules() if isinstance(part, LearnedTrigger) and part.image_shape is None]
-
-
-def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        write_whole(path, lambda file: save_file(dict(tensors), file))
-    # safetensors reports a full disk by an error of its own.
-    except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"What was learnt of the trigger could not be kept for the next run: {error}. Make room, or set the "
-            "environment variable LIGHTNING_BD_CACHE to a folder that can be written.",
-            stacklevel=3,
-        )

@@ -188,7 +188,7 @@ def test_what_was_made_is_not_made_again(cache: Path, monkeypatch: pytest.Monkey
         with pytest.raises(AssertionError, match="trained again"):
             crafted(attack(), torch.arange(8), changed[-12:-4], torch.zeros(8, dtype=torch.int64))
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.warns(UserWarning, match="of crafted images .* is broken and made anew"):
+    with pytest.warns(UserWarning, match="of crafted images in .* is broken and made anew"):
         assert torch.equal(crafted(attack(), chosen, images, labels), made)
     assert torch.equal(crafted(attack(), chosen, images, labels), made)
 

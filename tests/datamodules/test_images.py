@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_bd.datamodules.images import FileImages, TensorImages, read_image, resize
+from lightning_bd.datamodules.images import FileImages, TensorImages, resize
 
 Write = Callable[[Path, int, int], None]
 
@@ -107,38 +107,10 @@ def test_file_fingerprint_is_of_names_sizes_and_labels(file_images: FileImages, 
     assert copy(file_images.labels).fingerprint() != fingerprint
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    Image.new(mode, (4, 4)).save(path)
-    assert read_image(path, 4).shape == (3, 4, 4)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", None, b"P6 4 4 255\n\0"])
-def test_names_a_corrupt_image(tmp_path: Path, write_image: Write, content: bytes | None) -> None:
-    path = tmp_path / "broken.png"
-    write_image(path, 16, 16)
-    path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    with pytest.raises(ValueError, match=rf"Cannot read the image {path}: .* Remove or replace the file\."):
-        read_image(path, 16)
-
-
-def test_names_a_missing_image(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"Cannot read the image {tmp_path / 'none.png'}: "):
-        read_image(tmp_path / "none.png", 8)
-
-
 def test_names_a_corrupt_image_among_many(file_images: FileImages) -> None:
     (file_images.root / "pictures/21.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"Cannot read the image .*21\.png"):
         file_images.in_memory()
-
-
-def test_names_a_decompression_bomb(tmp_path: Path, write_image: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_image(tmp_path / "large.png", 16, 16)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"Cannot read the image .*large\.png: .*decompression bomb"):
-        read_image(tmp_path / "large.png", 16)
 
 
 @pytest.mark.parametrize("size", [4, 13, 48])

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bd.datamodules import TinyImageNetDataModule
-from lightning_bd.datamodules.images import read_image
+from lightning_bd.image_files import read_image
 
 WNIDS = ["n03", "n01", "n02"]
 
