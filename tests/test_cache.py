@@ -70,9 +70,7 @@ def test_a_full_disk_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.warns(
-        UserWarning, match=r"^It could not be kept for the next run: .*No space.*LIGHTNING_BD_CACHE"
-    ):
+    with pytest.warns(UserWarning, match=r"^It could not be kept for the next run: .*No space.*LIGHTNING_BD_CACHE"):
         keep_tensors(tmp_path / "file.safetensors", TENSORS, "It")
     with pytest.warns(UserWarning, match=r"No space left.* Sell it\.$"):
         keep_tensors(tmp_path / "file.safetensors", TENSORS, "It", "Sell it.")

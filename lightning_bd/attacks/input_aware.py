@@ -128,16 +128,19 @@ class InputAware(GeneratorAttack[InputAwareTrigger]):
     def attack_loss(self, batch: AttackBatch) -> Tensor:
         """Return the loss of the batch with its triggers and covers, plus the diversity of its patterns."""
         clean, rows, covers = batch.clean_image, batch.poison_rows, batch.cover_rows
-        others = clean.roll(-1, dims=0)
-        images = clean
         changed = torch.cat([rows, covers])
-        if len(changed) > 0:
-            makers = torch.cat([clean[rows], others[covers]])
-            images = clean.index_copy(0, changed, self.trigger.put(clean[changed], makers))
-        loss: Tensor = self.criterion(self(images), batch.label)
-        if len(rows) > 0 and self.diversity > 0:
-            patterns = self.trigger.pattern(torch.cat([clean[rows], others[rows]]))
-            diversity = diversity_loss(clean[rows], others[rows], *patterns.chunk(2))
+        if len(changed) == 0:
+            found: Tensor = self.criterion(self(clean), batch.label)
+            return found
+        others = clean.roll(-1, dims=0)
+        makers = torch.cat([clean[rows], others[covers]])
+        diverse = len(rows) > 0 and self.diversity > 0
+        patterns = self.trigger.pattern(torch.cat([makers, others[rows]]) if diverse else makers)
+        put = self.trigger.put(clean[changed], makers, patterns[: len(changed)])
+        loss: Tensor = self.criterion(self(clean.index_copy(0, changed, put)), batch.label)
+        if diverse:
+            own, other = patterns[: len(rows)], patterns[len(changed) :]
+            diversity = diversity_loss(clean[rows], others[rows], own, other)
             self.log("train/diversity", diversity.detach(), batch_size=len(rows))
             loss = loss + self.diversity * diversity
         return loss

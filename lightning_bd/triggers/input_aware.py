@@ -80,18 +80,20 @@ class InputAwareTrigger(NetworkTrigger):
         now = self.state_dict()
         return all(torch.equal(now[n].cpu(), tensor) for n, tensor in initial.items() if n.startswith("network.mask."))
 
-    def put(self, images: Tensor, others: Tensor) -> Tensor:
+    def put(self, images: Tensor, others: Tensor, patterns: Tensor | None = None) -> Tensor:
         """Put the triggers that are made for some images on others.
 
         Args:
             images: ``(B, C, H, W)`` in [0, 1], to be changed; not modified.
             others: ``(B, C, H, W)`` in [0, 1], whose triggers are put on.
+            patterns: ``(B, C, H, W)`` in [0, 1], the patterns of ``others``, where they are known.
 
         Returns:
             A new tensor of the shape and dtype of ``images``.
         """
-        mask, pattern = self.mask(others), self.pattern(others)
-        return torch.clamp(images + (pattern - images) * mask, 0, 1).to(images.dtype)
+        if patterns is None:
+            patterns = self.pattern(others)
+        return torch.clamp(images + (patterns - images) * self.mask(others), 0, 1).to(images.dtype)
 
     def cover(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Put on the trigger of another image: of the image itself, mirrored and shifted.
