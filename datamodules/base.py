@@ -20,6 +20,7 @@ from lightning_bd.datamodules.loader_factory import LoaderFactory
 from lightning_bd.datamodules.phase_data import PhaseData
 from lightning_bd.datamodules.rendering import as_precision, render
 from lightning_bd.datamodules.splits import stratified_subset
+from lightning_bd.datamodules.training_poison import TrainingPoison
 from lightning_bd.datamodules.training_splits import TrainingSplits
 from lightning_bd.manifest import PoisonManifest
 from lightning_bd.poisoning import Poison
@@ -102,6 +103,7 @@ class ImageDataModule(LightningDataModule):
         self._train: ImageSet | None = None
         self._test: ImageSet | None = None
         self._cut: TrainingSplits | None = None
+        self._attack: TrainingPoison | None = None
         self._source: ImageSet | None = None
         self._fingerprint: str | None = None
         #: What :meth:`replace_poison` was given: which images a model saw poisoned.
@@ -120,15 +122,15 @@ class ImageDataModule(LightningDataModule):
             train = train.select(stratified_subset(train.labels, self.subset, self.split_seed))
         self._source = train
         excluded = excluded_positions(self.exclude, len(train), self.fingerprint)
-        self._cut = TrainingSplits(
-            train.labels, self.splits, self.split_seed, excluded, type(self).__name__, self._read_train
-        )
+        self._cut = TrainingSplits(train.labels, self.splits, self.split_seed, excluded, type(self).__name__)
         if self.poison is not None:
             self.poison.prepare(train.image_shape, len(train.class_names))
         test = self.load(train=False)
         if self.test_subset is not None:
             test = test.select(stratified_subset(test.labels, self.test_subset, self.split_seed, "test_subset"))
         self._train, self._test = hold(train, self.in_memory), hold(test, self.in_memory)
+        if self.poison is not None:
+            self._attack = TrainingPoison(self.poison, self._cut, self._train.read)
 
     @property
     def train_images(self) -> ImageSet:
@@ -173,15 +175,15 @@ class ImageDataModule(LightningDataModule):
         if poison is not None:
             poison.prepare(self.image_shape, self.num_classes)
         self.poison, self.record = poison, manifest
-        self._training_splits.forget_poison()
+        self._attack = TrainingPoison(poison, self._training_splits, self.train_images.read) if poison else None
 
     def learn_trigger(self) -> None:
         """Let the attacker learn a trigger that is made from images, if no poisoned phase was there to do so before.
 
         From ``learns_from``, else from all splits but ``val``.
         """
-        if self.poison is not None:
-            self._learn_trigger(self.poison, ())
+        self.setup()
+        self._learn_trigger(())
 
     def restore_trigger(self, poison: Poison) -> None:
         """Give a trigger that is made from images what a record of these images says; nothing, here.
@@ -343,22 +345,14 @@ class ImageDataModule(LightningDataModule):
             phases: The phases of the run; the positions of each are listed whose images are chosen once.
             learn: Whether a trigger that is learnt from images is learnt for it; else it is described without pixels.
         """
-        if self.poison is None:
+        self.setup()
+        if self._attack is None:
             return None
         if learn:
             self.learn_trigger()
-        cut = self._training_splits
-        fixed = [p for p in phases if p.poison == "static" or (p.poison and self.poison.is_fixed_choice)]
-        chosen = {p.name: cut.static_choice(self.poison, p.splits, p.poison == "static")[0] for p in fixed}
-        dataset: dict[str, str | int] = {
-            "name": type(self).__name__,
-            "sha256": self.fingerprint(),
-            "images": len(self.train_images),
-            "classes": self.num_classes,
-        }
-        if len(cut.excluded):
-            dataset["excluded"] = len(cut.excluded)
-        return PoisonManifest.describe(self.poison, dataset, chosen, self.image_shape)
+        listed = ((phase.name, self._attack.listed(phase)) for phase in phases)
+        chosen = {name: positions for name, positions in listed if positions is not None}
+        return PoisonManifest.describe(self._attack.rule, self._facts(), chosen, self.image_shape)
 
     def on_after_batch_transfer(
         self, batch: object, dataloader_idx: int
@@ -409,21 +403,17 @@ class ImageDataModule(LightningDataModule):
         self.positions(phase.splits)
         if phase.poison is None:
             return
-        if self.poison is None:
+        if self._attack is None:
             raise MisconfigurationException(f"Phase `{phase.name}` is poisoned, but `data.poison` is not set.")
-        if phase.poison == "dynamic" and self.poison.crafting is not None:
-            raise MisconfigurationException(
-                f"Phase `{phase.name}` is poisoned anew in each batch, but `data.poison.crafting` makes fixed images: "
-                "set its `poisoned: static`."
-            )
-        self._training_splits.check_poison(self.poison, phase.splits)
-        self._learn_trigger(self.poison, phase.splits)
+        self._attack.check(phase)
+        self._learn_trigger(phase.splits)
 
-    def _learn_trigger(self, poison: Poison, splits: tuple[str, ...]) -> None:
-        cut = self._training_splits
-        if not poison.is_learned:
-            self.restore_trigger(poison)
-        cut.learn_trigger(poison, splits if self.learns_from is None else self.learns_from)
+    def _learn_trigger(self, splits: tuple[str, ...]) -> None:
+        if self._attack is None:
+            return
+        if not self._attack.rule.is_learned:
+            self.restore_trigger(self._attack.rule)
+        self._attack.learn_trigger(splits if self.learns_from is None else self.learns_from)
 
     def _train_loader(self, phase: PhaseData, train: bool = True) -> BatchLoader:
         self._check_phase(phase)
@@ -431,30 +421,24 @@ class ImageDataModule(LightningDataModule):
             phase = replace(phase, poison=None)
         context = BatchContext(phase.name, phase.poison, phase.poison or "dynamic", train=train)
         loader = self.loaders.loader(self.train_images, self.positions(phase.splits), context, phase.batch_size)
-        if phase.poison == "static" and self.poison is not None:
-            recorded = None if train else self._recorded(phase)
-            self._training_splits.make_static(loader, self.poison, phase.splits, recorded)
-        elif phase.poison == "dynamic" and self.poison is not None and self.poison.is_fixed_choice:
-            self._training_splits.make_fixed(loader, self.poison, phase.splits)
+        if self._attack is not None:
+            recorded = None if train or phase.poison is None else self._recorded(phase)
+            self._attack.apply(loader, phase, recorded)
         return loader
 
     def _recorded(self, phase: PhaseData) -> Tensor | None:
         """Return the images that a model saw poisoned in a phase, if its record lists them."""
         chosen = None if self.record is None else self.record.chosen(phase.name)
-        if chosen is None or self.record is None:
-            return None
-        dataset, name = self.record.dataset, type(self).__name__
-        if (dataset.get("sha256"), dataset.get("images")) != (self.fingerprint(), len(self.train_images)):
-            raise ValueError(
-                f"The poisoned images of phase `{phase.name}` are known for other data than {name}'s training images. "
-                "Use the data, `data.subset` and `data.split_seed` that the model was trained with."
-            )
-        if int(dataset.get("excluded", 0)) > len(self.excluded):
-            raise ValueError(
-                f"The model was trained without {dataset['excluded']} of the images that {name} has, which excludes "
-                f"{len(self.excluded)}. Give the `data.exclude` that it was trained with."
-            )
+        if chosen is not None and self.record is not None:
+            self.record.check_same_images(phase.name, self._facts())
         return chosen
 
-    def _read_train(self, positions: Tensor) -> Tensor:
-        return self.train_images.read(positions)
+    def _facts(self) -> dict[str, str | int]:
+        """Describe the training set for a record."""
+        facts: dict[str, str | int] = {
+            "name": type(self).__name__,
+            "sha256": self.fingerprint(),
+            "images": len(self.train_images),
+            "classes": self.num_classes,
+        }
+        return facts | ({"excluded": len(self.excluded)} if len(self.excluded) else {})

@@ -8,6 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_bd.files import write_text_atomically
+
 __all__ = ("excluded_positions", "read_excluded", "write_excluded")
 
 
@@ -30,10 +32,7 @@ def write_excluded(path: Path, sha256: str, excluded: Sequence[int], detector: s
         raise ValueError(f"Expected argument `keep` to be a share in (0, 1], but got {keep}.")
     positions = sorted({int(position) for position in excluded})
     facts = {"sha256": sha256, "detector": detector, "keep": keep, "excluded": positions}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text_atomically(path, json.dumps(facts) + "\n")
 
 
 def read_excluded(path: Path, sha256: str) -> list[int]:

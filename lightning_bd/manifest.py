@@ -3,7 +3,7 @@
 import copy
 import json
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ from lightning_bd import label_maps, triggers
 from lightning_bd.description import describe, differences
 from lightning_bd.files import open_atomically, write_text_atomically
 from lightning_bd.label_maps import LabelMap
+from lightning_bd.manifest_checks import CHECKS, LATER_FIELDS, MAX_DEPTH, Plain, is_recipe
 from lightning_bd.triggers import Trigger
 from lightning_bd.triggers.composite import CompositeTrigger
 
@@ -25,15 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ("PoisonManifest",)
 
-#: A hostile file must not use up Python's stack, when it is read or when its trigger is used.
-_MAX_DEPTH = 8
-
 #: Of a value of a file, which may be of any size and depth.
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _REPR.maxlevel = 6
-
-Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class PoisonManifest:
 
     def plain(self) -> dict[str, Plain]:
         """Return everything but the tensors as plain values."""
-        values = {name: getattr(self, name) for name in _CHECKS}
+        values = {name: getattr(self, name) for name in CHECKS}
         return copy.deepcopy(values) | {"image_shape": list(self.image_shape)}
 
     @classmethod
@@ -139,8 +135,8 @@ class PoisonManifest:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"Expected the poison manifest to be a mapping, but got a {type(values).__name__}.")
-        values = _LATER_FIELDS | dict(values)
-        for name, (expected, is_right) in _CHECKS.items():
+        values = LATER_FIELDS | dict(values)
+        for name, (expected, is_right) in CHECKS.items():
             if name not in values:
                 raise ValueError(f"The poison manifest lacks the field '{name}'.")
             if not is_right(values[name]):
@@ -150,7 +146,7 @@ class PoisonManifest:
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
         ):
             raise ValueError("Expected the poison manifest's tensors to be a mapping of names to tensors.")
-        fields = {name: values[name] for name in _CHECKS}
+        fields = {name: values[name] for name in CHECKS}
         fields["image_shape"] = tuple(fields["image_shape"])  # type: ignore[arg-type, assignment]
         return cls(**fields, tensors=tensors)  # type: ignore[arg-type]
 
@@ -240,6 +236,29 @@ class PoisonManifest:
             raise ValueError(f"Expected the manifest's `indices.{phase}` to increase, in [0, {size}).")
         return found
 
+    def check_same_images(self, phase: str, dataset: Mapping[str, str | int]) -> None:
+        """Check that :meth:`chosen` are positions in a training set.
+
+        Args:
+            phase: Name of the phase, for the message.
+            dataset: Of the training set, as in the attribute ``dataset``.
+
+        Raises:
+            ValueError: If it is another one, or has images that the model was trained without.
+        """
+        mine, name = self.dataset, dataset["name"]
+        if any(mine.get(fact) != dataset[fact] for fact in ("sha256", "images")):
+            raise ValueError(
+                f"The poisoned images of phase `{phase}` are known for other data than {name}'s training images. "
+                "Use the data, `data.subset` and `data.split_seed` that the model was trained with."
+            )
+        excluded = dataset.get("excluded", 0)
+        if int(mine.get("excluded", 0)) > int(excluded):
+            raise ValueError(
+                f"The model was trained without {mine['excluded']} of the images that {name} has, which excludes "
+                f"{excluded}. Give the `data.exclude` that it was trained with."
+            )
+
     def build_label_map(self) -> LabelMap:
         """Rebuild the label map.
 
@@ -294,72 +313,14 @@ def _unbuilt(recipe: Mapping[str, Plain], choices: Mapping[str, type[Trigger]], 
         raise ValueError(f"The manifest's trigger {name} cannot be built: it records no argument {unknown[0]!r}.")
     values: dict[str, Any] = dict(arguments)
     if issubclass(choices[name], CompositeTrigger):
-        if depth == _MAX_DEPTH:
-            raise ValueError(f"The manifest's triggers are parts of parts more than {_MAX_DEPTH} deep.")
+        if depth == MAX_DEPTH:
+            raise ValueError(f"The manifest's triggers are parts of parts more than {MAX_DEPTH} deep.")
         for key, value in values.items():
             if isinstance(value, list):
-                values[key] = [_unbuilt(v, choices, depth + 1) if _is_recipe(v) else v for v in value]
-            elif _is_recipe(value):
+                values[key] = [_unbuilt(v, choices, depth + 1) if is_recipe(v) else v for v in value]
+            elif is_recipe(value):
                 values[key] = _unbuilt(value, choices, depth + 1)
     try:
         return choices[name](**values)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"The manifest's trigger {name} cannot be built: {error}") from error
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_integer(side) and side > 0 for side in value)
-
-
-def _is_classes(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_integer(label) and label >= 0 for label in value)
-
-
-def _is_shallow(value: object, depth: int = 4 * _MAX_DEPTH) -> bool:
-    """Return whether mappings and lists lie in each other no deeper than a trigger's parts may."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return all(depth > 0 and _is_shallow(part, depth - 1) for part in parts)
-
-
-def _is_trigger(value: object) -> bool:
-    return _is_recipe(value) and _is_shallow(value)
-
-
-def _is_recipe(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("class"), str) and isinstance(value.get("arguments"), dict)
-
-
-def _is_crafting(value: object) -> bool:
-    return isinstance(value, dict) and _is_recipe(value) and isinstance(value.get("attack_images"), str | None)
-
-
-def _is_dataset(value: object) -> bool:
-    if not isinstance(value, dict) or not all(isinstance(item, str | int) for item in value.values()):
-        return False
-    return _is_integer(value.get("classes")) and value["classes"] > 0
-
-
-#: Per field: what it must be, in words and as a test. A file is not trusted before these hold.
-_CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "trigger": ("a class and its arguments", _is_trigger),
-    "image_shape": ("three positive integers", _is_shape),
-    "label_map": ("a class and its arguments", _is_recipe),
-    "rate": ("a share in [0, 1]", _is_share),
-    "mode": ("'static' or 'dynamic'", lambda value: value in ("static", "dynamic")),
-    "clean_label": ("a boolean", lambda value: isinstance(value, bool)),
-    "cover_rate": ("a share in [0, 1]", _is_share),
-    "seed": ("an integer", _is_integer),
-    "dataset": ("names and numbers with a positive number of `classes`", _is_dataset),
-    "cover_classes": ("classes or nothing", lambda value: value is None or _is_classes(value)),
-    "crafting": ("a class, its arguments and a digest, or nothing", lambda value: value is None or _is_crafting(value)),
-}
-#: What the fields mean where they are missing: the first manifests were written without them.
-_LATER_FIELDS: dict[str, Plain] = {"cover_classes": None, "crafting": None}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_bd.attack_record import AttackRecord
 from lightning_bd.callbacks.defense import Defense, NotApplicableError
 from lightning_bd.carrying import carried_states, hand_over, names_of_carriers
 from lightning_bd.checkpointing import (
@@ -22,7 +22,7 @@ from lightning_bd.checkpointing import (
     read_checkpoint,
     save_atomically,
 )
-from lightning_bd.datamodules import ImageDataModule, PhaseData
+from lightning_bd.datamodules import ImageDataModule
 from lightning_bd.description import Description
 from lightning_bd.files import write_text_atomically
 from lightning_bd.functional.draws import keyed_seed
@@ -43,8 +43,6 @@ from lightning_bd.phase_setup import check_defender, data_of, fresh_trainer, log
 from lightning_bd.quiet import expected_warnings, quiet, seed_globals
 from lightning_bd.run_description import describe_phase, describe_run
 from lightning_bd.run_folder import PhaseFolder, PhaseResult, RunFolder
-from lightning_bd.triggers import Trigger
-from lightning_bd.triggers.learned import LearnedTrigger, unlearned
 
 __all__ = ("PhaseRun", "is_first_process")
 
@@ -105,13 +103,12 @@ class PhaseRun:
         self._config = config
         self._checkpoint_interval = checkpoint_interval
         self._origin = origin or {}
-        self._given_manifest = manifest
-        self._saves_manifest = save_manifest
         self._fresh = fresh
         self._unknown = unknown
         self._barrier = barrier if barrier is not None else lambda: None
         self._data = {name: data_of(phase, datamodule) for name, phase in phases.items()}
-        self._check_saves_trigger()
+        poisoned = any(phase.poisoned for phase in phases.values())
+        self._attack = AttackRecord(datamodule, manifest, saved=save_manifest, poisoned=poisoned)
         root = Path(arguments.get("default_root_dir") or Path("runs") / "phases")
         self.folder = RunFolder(root, list(phases), collects=collects)
         if is_first_process():
@@ -158,13 +155,17 @@ class PhaseRun:
         if self._config is not None:
             write_text_atomically(self.folder.root / "config.yaml", self._config)
         # A trained trigger's record is that of the last phase that trained it.
-        if self._trained_trigger is None or not (self.folder.root / "manifest.json").is_file():
-            self._save_manifest()
+        if self._attack.trained_trigger is None or not (self.folder.root / "manifest.json").is_file():
+            self._attack.save(self.folder.root, self._data.values())
         if not self.folder.initial.is_file():
             initial: dict[str, Any] = {"state_dict": self._model.state_dict()}
-            if self._trained_trigger is not None and (manifest := self._datamodule.manifest()) is not None:
+            if self._attack.trained_trigger is not None and (manifest := self._datamodule.manifest()) is not None:
                 initial[RECORD_KEY] = {"tensors": manifest.tensors}
             save_atomically(initial, self.folder.initial)
+
+    def _restore_trigger(self) -> None:
+        if not self._fresh:
+            self._attack.restore(self.folder.root)
 
     def load_last(self) -> None:
         """Give the model the final weights of the last phase; of those that were applicable."""
@@ -211,8 +212,8 @@ class PhaseRun:
             except _BrokenModelError as error:
                 self._finish_without_model(name, parent, first_step, f"failed: {error}")
                 return
-        if is_first_process() and self._trained_trigger is not None and phase.poisoned:
-            self._save_manifest()
+        if is_first_process() and self._attack.trained_trigger is not None and phase.poisoned:
+            self._attack.save(self.folder.root, self._data.values())
         last_step = first_step + record["steps"]
         for logger in loggers:
             if isinstance(logger, PhaseTensorBoardLogger):
@@ -257,68 +258,6 @@ class PhaseRun:
             self.folder.write_results()
         self._barrier()
 
-    @property
-    def _trained_trigger(self) -> Trigger | None:
-        """The trigger, if the model may train it in a phase of this run."""
-        poison = self._datamodule.poison
-        if poison is None or not any(phase.poisoned for phase in self._phases.values()):
-            return None
-        return poison.trigger if poison.trigger.is_trained else None
-
-    @property
-    def _learned_trigger(self) -> Trigger | None:
-        """The trigger, if it is learnt from the attacker's images and this run's to record."""
-        poison = self._datamodule.poison
-        if poison is None or self._given_manifest is not None or poison.trigger.is_trained:
-            return None
-        learned = any(isinstance(part, LearnedTrigger) for part in poison.trigger.modules())
-        return poison.trigger if learned else None
-
-    def _check_saves_trigger(self) -> None:
-        if self._saves_manifest or not any(phase.poisoned for phase in self._phases.values()):
-            return
-        for trigger, how in ((self._trained_trigger, "trained"), (self._learned_trigger, "learnt from images")):
-            if trigger is not None:
-                raise MisconfigurationException(
-                    f"`{type(trigger).__name__}` is {how}, and the manifest keeps its weights: set "
-                    "`trainer.save_manifest: true`."
-                )
-
-    def _restore_trigger(self) -> None:
-        """Take a learnt trigger from the run that goes on: learnt again, it could be another one."""
-        trigger, folder = self._learned_trigger, self.folder.root
-        if trigger is None or self._fresh or not (folder / "manifest.json").is_file():
-            return
-        manifest, mine = PoisonManifest.load(folder), self._datamodule.manifest(learn=False)
-        assert mine is not None
-        # Any other difference is found, with all others, when the folder is opened.
-        if manifest.differences(mine, pixels=False):
-            return
-        if unlearned(trigger):
-            manifest.restore(trigger)
-        self._check_pixels(trigger, manifest.tensors, folder)
-
-    def _check_pixels(self, trigger: Trigger, tensors: Mapping[str, Tensor], where: Path) -> None:
-        """Refuse to go on from a model of another trigger, or to measure it with this one."""
-        now = {f"trigger.{name}": tensor.cpu() for name, tensor in trigger.state_dict().items()}
-        before = {name: tensor for name, tensor in tensors.items() if name.startswith("trigger.")}
-        if before.keys() != now.keys() or not all(torch.equal(before[name], now[name]) for name in now):
-            raise MisconfigurationException(
-                f"The trigger of {where} is not this run's: `{type(trigger).__name__}` was learnt again and its pixels "
-                "differ. Restore `manifest.json` and `manifest.safetensors` of the run, give another "
-                "`trainer.default_root_dir`, or start over with `--fresh` (the old folder is renamed)."
-            )
-
-    def _save_manifest(self) -> None:
-        manifest = self._manifest(tuple(self._data.values()))
-        if manifest is not None:
-            manifest.save(self.folder.root)
-
-    def _manifest(self, phases: tuple[PhaseData, ...]) -> PoisonManifest | None:
-        if not self._saves_manifest:
-            return None
-        return self._given_manifest if self._given_manifest is not None else self._datamodule.manifest(phases)
-
     def _train(
         self,
         phase: Phase,
@@ -333,8 +272,9 @@ class PhaseRun:
         if phase.defends:
             data = view = self._datamodule.defender_view(self._data[phase.name])
             view.epoch_limit = self._arguments.get("max_epochs")
-        manifest = self._manifest(tuple(self._data[name] for name in self._lineage(phase.name)))
-        elapsed, run_record = ElapsedTime(), RunRecord(phase.name, manifest, self._config, self._trained_trigger)
+        manifest = self._attack.manifest(self._data[name] for name in self._lineage(phase.name))
+        elapsed = ElapsedTime()
+        run_record = RunRecord(phase.name, manifest, self._config, self._attack.trained_trigger)
         # A defense can reach its Trainer's callbacks: none of them may know the attack.
         carried = RunRecord(phase.name, None, None) if phase.defends else run_record
         callbacks = [*copy.deepcopy(self._arguments.get("callbacks") or []), *phase.callbacks]
@@ -405,14 +345,7 @@ class PhaseRun:
         check_weights(self._model, checkpoint["state_dict"], path)
         self._model.load_state_dict(checkpoint["state_dict"])
         record: dict[str, Any] = checkpoint.get(RECORD_KEY, {})
-        if self._trained_trigger is not None:
-            tensors, prefix = record.get("tensors", {}), "trigger."
-            mine = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-            self._trained_trigger.restore(self._datamodule.image_shape, mine)
-        elif self._learned_trigger is not None and record.get("tensors"):
-            # Before a clean run measures, only its first process has learnt the trigger.
-            self._datamodule.learn_trigger()
-            self._check_pixels(self._learned_trigger, record["tensors"], path)
+        self._attack.take(record.get("tensors", {}), path)
         return record
 
     def _epochs(self, phase: Phase) -> int:

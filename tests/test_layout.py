@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("functional", "label_maps", "batch", "cache", "description", "files", "image_files", "quiet"),
     ("backbones", "metrics", "selection"),
     ("triggers",),
-    ("manifest", "poisoning", "crafting"),
+    ("manifest_checks", "manifest", "poisoning", "crafting"),
     ("datamodules", "callbacks", "classifier"),
 )
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_bd.label_maps import AllToAll, LabelMap, SourceSpecific
-from lightning_bd.manifest import Plain, PoisonManifest
+from lightning_bd.manifest import PoisonManifest
+from lightning_bd.manifest_checks import Plain
 from lightning_bd.poisoning import Poison
 from lightning_bd.triggers import (
     SIG,

@@ -1,6 +1,5 @@
 """Scores as a table in a file: one row per image, one column per detector."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lightning_bd.callbacks.detection.session import SetScores
+from lightning_bd.files import open_atomically
 
 __all__ = ("COLUMNS", "read_scores", "write_scores")
 
@@ -40,13 +40,8 @@ def write_scores(
              for name in sets]  # fmt: skip
     table = pa.concat_tables(parts)
     table = table.replace_schema_metadata(dict(metadata or {}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(table, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with open_atomically(path) as file:
+        pq.write_table(table, file)
 
 
 def read_scores(path: Path) -> dict[str, dict[str, SetScores]]:

@@ -19,7 +19,8 @@ from lightning_bd.crafting import AbsentCrafting, Crafting, LabelConsistent, Pre
 from lightning_bd.datamodules import DigitsDataModule, ImageDataModule, ImageFolderDataModule, PhaseData
 from lightning_bd.datamodules.loader import BatchLoader
 from lightning_bd.evaluation import use_manifest_of
-from lightning_bd.manifest import Plain, PoisonManifest
+from lightning_bd.manifest import PoisonManifest
+from lightning_bd.manifest_checks import Plain
 from lightning_bd.phase import Phase
 from lightning_bd.phase_measurement import success_interval
 from lightning_bd.phase_run import PhaseRun
