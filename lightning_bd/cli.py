@@ -65,7 +65,8 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the values that it dumps, and leave with status 2."""
         readable = _as_typed(_readable(str(message)), sys.argv[1:])
-        sys.stderr.write(f"error: {readable}\nAll options: {self.prog} --help\n")
+        prog = self.prog.replace(" [options]", "")
+        sys.stderr.write(f"error: {readable}\nAll options: {prog} --help\n")
         raise SystemExit(2) from ex
 
 
@@ -75,6 +76,19 @@ class BackdoorCLI(LightningCLI):
     Another ``trainer_class`` has to be a :class:`~lightning_bd.commands.CommandTrainer`, which has the methods.
     """
 
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        *,
+        args: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        typed = sys.argv[1:] if args is None else args
+        #: The command, where it is the first word; else all are offered.
+        self._typed_command = typed[0] if typed and typed[0] in self.subcommands() else None
+        super().__init__(model_class, datamodule_class, args=args, **options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, and the arguments of their methods that come from the config."""
@@ -82,6 +96,10 @@ class BackdoorCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **ours}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._typed_command not in (None, subcommand):
+            # Never looked at: all the options of the eleven other commands would take longer than the rest of parsing.
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         # A command's own options first, before the hundreds of model, data and Trainer; nor all of them in the usage.
         groups: list[Any] = parser._action_groups  # type: ignore[assignment]

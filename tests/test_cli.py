@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bd.checkpointing import RECORD_KEY
 from lightning_bd.classifier import BackdoorClassifier
+from lightning_bd.cli import BackdoorCLI
 from lightning_bd.config_files import shipped_configs
 from lightning_bd.manifest import PoisonManifest
 
@@ -47,6 +49,24 @@ def test_the_runs_description_says_nothing_of_the_command_line(trained: Path) ->
         assert "torch.optim.sgd.SGD" in text
         for word in ("jsonargparse", "CLI", "instantiator"):
             assert word not in text, word
+
+
+def test_only_the_typed_commands_options_are_made(lightning_bd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All twelve commands' took longer than the rest of the parsing."""
+    made: list[str] = []
+    add = BackdoorCLI.add_core_arguments_to_parser
+
+    def count(self: BackdoorCLI, parser: LightningArgumentParser) -> None:
+        made.append(str(parser.description))
+        add(self, parser)
+
+    monkeypatch.setattr(BackdoorCLI, "add_core_arguments_to_parser", count)
+    assert lightning_bd("fit", "--config", "small.yaml", "--print_config").status == 0
+    assert len(made) == 1
+    assert made[0].startswith("Run every phase")
+    made.clear()
+    assert lightning_bd("--help").status == 0
+    assert len(made) == len(BackdoorCLI.subcommands())
 
 
 def test_fit_writes_the_run_and_prints_the_table(lightning_bd: Command, tmp_path: Path) -> None:
