@@ -34,8 +34,8 @@ class SSBA(LearnedTrigger, NetworkTrigger):
         bits: Length of the string, 1 to 1024. Small images have little room; the fewer, the fainter.
         width: Channels of the encoder's first level, 1 to 256; 16 are under 60,000 weights for colour images.
         image_weight: Weight of the residual's mean square beside the bits' cross-entropy, not negative. With 0 the
-            residual fills its bound.
-        steps: Number of batches to train on.
+            residual fills its bound; with too much the decoder still reads it, but no victim learns it.
+        steps: Number of batches to train on; the more, the fainter the residual becomes at the same weight.
         lr: Of Adam; falls along a cosine.
         batch_size: Images per step.
         seed: Of the string, and of the training.
@@ -59,8 +59,8 @@ class SSBA(LearnedTrigger, NetworkTrigger):
         epsilon: float = 16 / 255,
         bits: int = 16,
         width: int = 16,
-        image_weight: float = 0.1,
-        steps: int = 2000,
+        image_weight: float = 1e-3,
+        steps: int = 1000,
         lr: float = 1e-3,
         batch_size: int = 32,
         seed: int = 0,
