@@ -37,11 +37,15 @@ BOARD = {
 def train(attack: str, seed: int, arguments: argparse.Namespace) -> None:
     """Train and measure one model; one that is finished is skipped."""
     folder = arguments.output / attack / f"seed{seed}"
-    if (folder / "study.yaml").is_file():
-        return
     given = ["--config", arguments.config, *([] if attack == "none" else ["--config", f"attack/{attack}"])]
     given += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder / "run")]
     given += ["--trainer.enable_progress_bar", "false", *extra(attack, arguments), *arguments.overrides]
+    asked = given.copy()
+    if (folder / "study.yaml").is_file():
+        before = yaml.safe_load((folder / "study.yaml").read_text())["given"]
+        if before != asked:
+            raise SystemExit(f"{folder} was made otherwise: {' '.join(before)}. Give another --output.")
+        return
     start = time.monotonic()
     if attack == "none":
         config = merged_config([arguments.config])
@@ -55,7 +59,7 @@ def train(attack: str, seed: int, arguments: argparse.Namespace) -> None:
     if attack != "none":
         (checkpoint,) = (folder / "run").glob("[0-9][0-9]_*/final.ckpt")
         lightning_bd(["preview", *given, "--ckpt_path", str(checkpoint), "--output", str(folder / "preview.png")])
-    (folder / "study.yaml").write_text(yaml.safe_dump({"total_seconds": round(seconds, 1)}))
+    (folder / "study.yaml").write_text(yaml.safe_dump({"total_seconds": round(seconds, 1), "given": asked}))
 
 
 def extra(attack: str, arguments: argparse.Namespace) -> list[str]:
@@ -141,13 +145,13 @@ def main() -> None:
     parser.add_argument("--ood", type=Path, help="folder of labelled other images, for narcissus")
     parser.add_argument("--adaptive_rate", type=float, default=0.05, help="both rates of adaptive_blend")
     parser.add_argument("--board", type=Path, help="CSV of BackdoorBench's board")
-    parser.add_argument("--output", type=Path, default=Path("runs/study_attacks"))
+    parser.add_argument("--output", type=Path, help="default: runs/study_attacks/CONFIG")
     parser.add_argument("--report", action="store_true", help="run nothing, report what has finished")
     parser.add_argument(
         "--overrides", nargs=argparse.REMAINDER, default=[], help="last: further arguments, such as --data.root=FOLDER"
     )
     arguments = parser.parse_args()
-    find_config(arguments.config)
+    arguments.output = arguments.output or Path("runs/study_attacks") / find_config(arguments.config).stem
     if not arguments.report:
         for seed in arguments.seeds:
             for attack in arguments.attacks:

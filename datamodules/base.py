@@ -103,7 +103,7 @@ class ImageDataModule(LightningDataModule):
         self._train: ImageSet | None = None
         self._test: ImageSet | None = None
         self._cut: TrainingSplits | None = None
-        self._attack: TrainingPoison | None = None
+        self._chosen: TrainingPoison | None = None
         self._source: ImageSet | None = None
         self._fingerprint: str | None = None
         #: What :meth:`replace_poison` was given: which images a model saw poisoned.
@@ -129,8 +129,6 @@ class ImageDataModule(LightningDataModule):
         if self.test_subset is not None:
             test = test.select(stratified_subset(test.labels, self.test_subset, self.split_seed, "test_subset"))
         self._train, self._test = hold(train, self.in_memory), hold(test, self.in_memory)
-        if self.poison is not None:
-            self._attack = TrainingPoison(self.poison, self._cut, self._train.read)
 
     @property
     def train_images(self) -> ImageSet:
@@ -174,15 +172,13 @@ class ImageDataModule(LightningDataModule):
         self.setup()
         if poison is not None:
             poison.prepare(self.image_shape, self.num_classes)
-        self.poison, self.record = poison, manifest
-        self._attack = TrainingPoison(poison, self._training_splits, self.train_images.read) if poison else None
+        self.poison, self.record, self._chosen = poison, manifest, None
 
     def learn_trigger(self) -> None:
         """Let the attacker learn a trigger that is made from images, if no poisoned phase was there to do so before.
 
         From ``learns_from``, else from all splits but ``val``.
         """
-        self.setup()
         self._learn_trigger(())
 
     def restore_trigger(self, poison: Poison) -> None:
@@ -345,14 +341,14 @@ class ImageDataModule(LightningDataModule):
             phases: The phases of the run; the positions of each are listed whose images are chosen once.
             learn: Whether a trigger that is learnt from images is learnt for it; else it is described without pixels.
         """
-        self.setup()
-        if self._attack is None:
+        attack = self._attack
+        if attack is None:
             return None
         if learn:
             self.learn_trigger()
-        listed = ((phase.name, self._attack.listed(phase)) for phase in phases)
+        listed = ((phase.name, attack.listed(phase)) for phase in phases)
         chosen = {name: positions for name, positions in listed if positions is not None}
-        return PoisonManifest.describe(self._attack.rule, self._facts(), chosen, self.image_shape)
+        return PoisonManifest.describe(attack.rule, self._facts(), chosen, self.image_shape)
 
     def on_after_batch_transfer(
         self, batch: object, dataloader_idx: int
@@ -399,21 +395,32 @@ class ImageDataModule(LightningDataModule):
         assert self._cut is not None
         return self._cut
 
+    @property
+    def _attack(self) -> TrainingPoison | None:
+        """What ``poison`` does to the training set; anew when ``poison`` is another one."""
+        if self.poison is None:
+            return None
+        if self._chosen is None or self._chosen.rule is not self.poison:
+            self._chosen = TrainingPoison(self.poison, self._training_splits, self.train_images.read)
+        return self._chosen
+
     def _check_phase(self, phase: PhaseData) -> None:
         self.positions(phase.splits)
         if phase.poison is None:
             return
-        if self._attack is None:
+        attack = self._attack
+        if attack is None:
             raise MisconfigurationException(f"Phase `{phase.name}` is poisoned, but `data.poison` is not set.")
-        self._attack.check(phase)
+        attack.check(phase)
         self._learn_trigger(phase.splits)
 
     def _learn_trigger(self, splits: tuple[str, ...]) -> None:
-        if self._attack is None:
+        attack = self._attack
+        if attack is None:
             return
-        if not self._attack.rule.is_learned:
-            self.restore_trigger(self._attack.rule)
-        self._attack.learn_trigger(splits if self.learns_from is None else self.learns_from)
+        if not attack.rule.is_learned:
+            self.restore_trigger(attack.rule)
+        attack.learn_trigger(splits if self.learns_from is None else self.learns_from)
 
     def _train_loader(self, phase: PhaseData, train: bool = True) -> BatchLoader:
         self._check_phase(phase)
@@ -421,9 +428,10 @@ class ImageDataModule(LightningDataModule):
             phase = replace(phase, poison=None)
         context = BatchContext(phase.name, phase.poison, phase.poison or "dynamic", train=train)
         loader = self.loaders.loader(self.train_images, self.positions(phase.splits), context, phase.batch_size)
-        if self._attack is not None:
+        attack = self._attack
+        if attack is not None:
             recorded = None if train or phase.poison is None else self._recorded(phase)
-            self._attack.apply(loader, phase, recorded)
+            attack.apply(loader, phase, recorded)
         return loader
 
     def _recorded(self, phase: PhaseData) -> Tensor | None:

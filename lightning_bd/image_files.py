@@ -1,5 +1,6 @@
 """Image files, decoded, converted and resized."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,14 +42,15 @@ def read_image(path: Path, size: int | tuple[int, int], grey: bool = False) -> T
 
 
 def read_images(
-    files: Sequence[Path], image_shape: tuple[int, int, int], threads: int = 4, title: str | None = None
+    files: Sequence[Path], image_shape: tuple[int, int, int], threads: int | None = None, title: str | None = None
 ) -> Tensor:
     """Read images into memory, all of one shape.
 
     Args:
         files: The files.
         image_shape: ``(C, H, W)`` that all are resized to (bilinear, antialiased), grey if ``C`` is 1, else RGB.
-        threads: Threads that decode; Pillow releases the interpreter lock while it does.
+        threads: Threads that decode; Pillow releases the interpreter lock while it does. ``None``: one per core, at
+            most 8.
         title: Of a progress bar, which is shown if it takes seconds; ``None``: no bar.
 
     Returns:
@@ -70,8 +72,8 @@ def read_images(
     def fill(row: int) -> None:
         found[row] = read_image(files[row], (size[0], size[1]), grey=channels == 1)
 
-    with ThreadPoolExecutor(threads) as pool:
-        rows = pool.map(fill, range(len(files)), chunksize=64)
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        rows = pool.map(fill, range(len(files)))
         for _ in tqdm(rows, title, total=len(files), leave=False, delay=3, disable=title is None):
             pass
     return found

@@ -17,7 +17,7 @@ def write_image(path: Path, height: int = 16, width: int = 16) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_many_are_read_as_pillow_reads_them(tmp_path: Path, mode: str) -> None:
     files = []
-    for number in range(130):  # more than a thread takes at once
+    for number in range(130):
         files.append(tmp_path / f"{number}.png")
         write_image(files[-1], 4 + number % 3, 5 + number % 4)
     found = read_images(files, (len(mode), 6, 5))

@@ -137,6 +137,35 @@ def test_a_loader_keeps_its_rule() -> None:
     assert not finished(data, data.train_dataloader()).is_poisoned.any()
 
 
+def test_a_poison_that_is_set_later_is_the_one_that_counts() -> None:
+    """Its trigger, its labels, its images and its record, and none of the old one's."""
+    data, static = digits(rate=0.1), replace(INJECT, poison="static")
+    before = data.manifest((static,))
+    poison = Poison(BadNets(size=2, pattern="white"), 0.3, target=5)
+    poison.prepare(data.image_shape, data.num_classes)
+    data.poison = poison
+    data.set_phase(static)
+    sample = finished(data, data.train_dataloader())
+    manifest = data.manifest((static,))
+    assert before is not None
+    assert manifest is not None
+    assert len(before.tensors["indices.inject"]) < len(manifest.tensors["indices.inject"])
+    assert set(sample.index[sample.is_poisoned].tolist()) == set(manifest.tensors["indices.inject"].tolist())
+    assert (sample.label[sample.is_poisoned] == 5).all()
+    assert (manifest.rate, manifest.label_map["arguments"]) == (0.3, {"target": 5})
+    data.poison = None
+    assert data.manifest((static,)) is None
+    with pytest.raises(MisconfigurationException, match=r"Phase `inject` is poisoned, but `data\.poison` is not set"):
+        data.set_phase(static)
+
+
+def test_without_a_poison_nothing_is_loaded_for_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DigitsDataModule()
+    monkeypatch.setattr(data, "load", lambda train: pytest.fail("images were loaded"))
+    data.learn_trigger()
+    assert data.manifest() is None
+
+
 def test_replay_carries_the_trigger_after_a_poisoned_phase() -> None:
     data = digits(rate=0.3)
     data.set_phase(CONSOLIDATE, INJECT)
