@@ -103,7 +103,7 @@ class ImageDataModule(LightningDataModule):
         self._train: ImageSet | None = None
         self._test: ImageSet | None = None
         self._cut: TrainingSplits | None = None
-        self._chosen: TrainingPoison | None = None
+        self._cached_attack: TrainingPoison | None = None
         self._source: ImageSet | None = None
         self._fingerprint: str | None = None
         #: What :meth:`replace_poison` was given: which images a model saw poisoned.
@@ -172,7 +172,7 @@ class ImageDataModule(LightningDataModule):
         self.setup()
         if poison is not None:
             poison.prepare(self.image_shape, self.num_classes)
-        self.poison, self.record, self._chosen = poison, manifest, None
+        self.poison, self.record, self._cached_attack = poison, manifest, None
 
     def learn_trigger(self) -> None:
         """Let the attacker learn a trigger that is made from images, if no poisoned phase was there to do so before.
@@ -281,11 +281,8 @@ class ImageDataModule(LightningDataModule):
             device: Where the batches are made.
         """
         phase = replace(self.phase, name=f"{self.phase.name} ({purpose})", poison=None)
-        loader = self._train_loader(phase)
-        here = self._place()
-        loader.place = lambda: Place(epoch, here.rank, here.world_size)
-        for raw in loader:
-            yield self._rendered(raw.to(device), None)
+        for raw in self._epoch(phase, epoch, device):
+            yield self._rendered(raw, None)
 
     def reference_batches(
         self, device: torch.device | str = "cpu", clean: bool = False
@@ -307,11 +304,8 @@ class ImageDataModule(LightningDataModule):
                 "`start_from`, or give the callback its own `dataloader`."
             )
         phase = replace(self.reference, name=f"{self.reference.name} (replayed)")
-        loader = self._train_loader(replace(phase, poison=None) if clean else phase)
-        here = self._place()
-        loader.place = lambda: Place(0, here.rank, here.world_size)
-        for raw in loader:
-            batch = self.on_after_batch_transfer(raw.to(device), 0)
+        for raw in self._epoch(replace(phase, poison=None) if clean else phase, 0, device):
+            batch = self.on_after_batch_transfer(raw, 0)
             assert not isinstance(batch, AttackBatch), "only the current phase's batches are"
             yield batch
 
@@ -400,9 +394,9 @@ class ImageDataModule(LightningDataModule):
         """What ``poison`` does to the training set; anew when ``poison`` is another one."""
         if self.poison is None:
             return None
-        if self._chosen is None or self._chosen.rule is not self.poison:
-            self._chosen = TrainingPoison(self.poison, self._training_splits, self.train_images.read)
-        return self._chosen
+        if self._cached_attack is None or self._cached_attack.rule is not self.poison:
+            self._cached_attack = TrainingPoison(self.poison, self._training_splits, self.train_images.read)
+        return self._cached_attack
 
     def _check_phase(self, phase: PhaseData) -> None:
         self.positions(phase.splits)
@@ -433,6 +427,13 @@ class ImageDataModule(LightningDataModule):
             recorded = None if train or phase.poison is None else self._recorded(phase)
             attack.apply(loader, phase, recorded)
         return loader
+
+    def _epoch(self, phase: PhaseData, epoch: int, device: torch.device | str) -> Iterator[RawBatch]:
+        """Yield this process's share of one epoch, whichever the Trainer is in."""
+        loader, here = self._train_loader(phase), self._place()
+        loader.place = lambda: Place(epoch, here.rank, here.world_size)
+        for raw in loader:
+            yield raw.to(device)
 
     def _recorded(self, phase: PhaseData) -> Tensor | None:
         """Return the images that a model saw poisoned in a phase, if its record lists them."""

@@ -98,7 +98,8 @@ class TrainingPoison:
 
     def _make_static(self, loader: BatchLoader, names: tuple[str, ...], recorded: Tensor | None) -> None:
         chosen, covers = self._choice(names) if recorded is None else self._as_recorded(names, recorded)
-        loader.static_rows, loader.static_covers = rows, _ = self._mask(chosen), self._mask(covers)
+        rows = self._mask(chosen)
+        loader.static_rows, loader.static_covers = rows, self._mask(covers)
         crafting = self.rule.crafting
         if crafting is not None:
             loader.images = CraftedImages(loader.images, chosen, self._made(names, chosen))

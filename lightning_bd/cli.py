@@ -65,8 +65,9 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error without the values that it dumps, and leave with status 2."""
         readable = _as_typed(_readable(str(message)), sys.argv[1:])
-        prog = self.prog.replace(" [options]", "")
-        sys.stderr.write(f"error: {readable}\nAll options: {prog} --help\n")
+        # The parser of a nested option does not know the command.
+        command = ["lightning-bd", *(arg for arg in sys.argv[1:2] if arg in BackdoorCLI.subcommands()), "--help"]
+        sys.stderr.write(f"error: {readable}\nAll options: {' '.join(command)}\n")
         raise SystemExit(2) from ex
 
 
@@ -228,10 +229,10 @@ def _fail(error: Exception, status: int) -> NoReturn:
 
 def _as_typed(message: str, args: list[str]) -> str:
     """Name options as they were typed; the parser of a nested option knows only the end of its name."""
-    found = re.search(r'Parser key "([\w.]+)":|unrecognized arguments: --([\w.]+)', message)
+    found = re.search(r"""Parser key "([\w.]+)":|unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is""", message)
     if found is None:
         return message
-    end = found[1] or found[2]
+    end = next(group for group in found.groups() if group)
     typed = [name for name in (arg.partition("=")[0] for arg in args) if name.endswith(f".{end}")]
     return f"{typed[0]}: {message}" if typed else message
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_bd.files import open_atomically
+from lightning_bd.files import write_text_atomically
 
 __all__ = ("write_rows",)
 
@@ -22,5 +22,4 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, o
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    with open_atomically(path) as file:
-        file.write(text.getvalue().encode())
+    write_text_atomically(path, text.getvalue())

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bd.checkpointing import RECORD_KEY
 from lightning_bd.classifier import BackdoorClassifier
-from lightning_bd.cli import BackdoorCLI
+from lightning_bd.cli import BackdoorCLI, main
 from lightning_bd.config_files import shipped_configs
 from lightning_bd.manifest import PoisonManifest
 
@@ -364,6 +364,26 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "classes": (["--model.num_classes", "5"], ["`num_classes` 5", "DigitsDataModule has 10"]),
     "missing checkpoint": (["--ckpt_path", "last.ckpt"], ["without `ckpt_path`"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--data.poison.rte", "0.1"),
+        ("--data.poison.trigger.sise", "1"),
+        ("--data.subste", "1"),
+        ("--data.poison.rate", "x"),
+    ],
+)
+def test_a_nested_option_is_named_as_it_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-bd", "fit", "--config", "small.yaml", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {option}: ")
+    assert last == "All options: lightning-bd fit --help"
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -130,8 +130,8 @@ class InputAware(GeneratorAttack[InputAwareTrigger]):
         clean, rows, covers = batch.clean_image, batch.poison_rows, batch.cover_rows
         changed = torch.cat([rows, covers])
         if len(changed) == 0:
-            found: Tensor = self.criterion(self(clean), batch.label)
-            return found
+            plain: Tensor = self.criterion(self(clean), batch.label)
+            return plain
         others = clean.roll(-1, dims=0)
         makers = torch.cat([clean[rows], others[covers]])
         diverse = len(rows) > 0 and self.diversity > 0

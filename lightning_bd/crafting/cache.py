@@ -41,12 +41,7 @@ def remembered(
         folder: Where; ``None``: ``crafting`` in the folder that ``LIGHTNING_BD_CACHE`` names, else in
             ``~/.cache/lightning_bd``.
     """
-    facts = {
-        "version": _VERSION,
-        "identity": identity,
-        "shape": list(shape),
-        "images": len(digests),
-    }
+    facts = {"version": _VERSION, "identity": identity, "shape": list(shape), "images": len(digests)}
     key = content_key(facts, digests, labels, chosen)
     path = (folder or cache_folder("crafting")) / f"{name}-{key}.safetensors"
     found = read_tensors(path, "The file of crafted images", lambda tensors: _checked(tensors, tuple(shape)))

@@ -163,11 +163,7 @@ class SelfSupervisedEncoder(Encoder):
 
     def _fingerprint(self, images: Tensor) -> str:
         """Return the SHA-256 hex digest of all that the weights depend on."""
-        facts = {
-            "version": _VERSION,
-            "encoder": self.identity(),
-            "shape": list(images.shape[1:]),
-        }
+        facts = {"version": _VERSION, "encoder": self.identity(), "shape": list(images.shape[1:])}
         return content_key(facts, sorted(set(image_digests(images))))
 
     @torch.inference_mode(False)
@@ -191,9 +187,8 @@ class SelfSupervisedEncoder(Encoder):
             raise ValueError(
                 f"Expected images of 1 or 3 channels beside a folder of others, but got {images.shape[1]}."
             )
-        return torch.cat(
-            [images, read_images(files, (images.shape[1], images.shape[2], images.shape[3]), title="other data")]
-        )
+        channels, height, width = images.shape[1:]
+        return torch.cat([images, read_images(files, (channels, height, width), title="other data")])
 
     def _headless(self, pool: Tensor) -> nn.Module:
         """Return a new network whose output are the features."""
